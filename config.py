@@ -1,0 +1,275 @@
+"""The schema of a run: sections, defaults, rules, YAML in and out.
+
+A config is data: frozen, checked once, the same in the YAML file, in the run's folder and in every
+checkpoint. Each section mirrors one constructor (`model` is `UNet`, `diffusion` is
+`GaussianDiffusion`, `sampling` is `make_steps`), and defaults live here only. Facts of the data,
+`image_size` and `channels`, are written once, under `dataset`.
+"""
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    """Frozen, no unknown keys, no silent conversions but int -> float."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DatasetConfig(Section):
+    """Where pictures come from and what they are cut to."""
+
+    name: Literal["digits", "cifar10", "celebahq", "folder"]
+    root: str = "data"
+    image_size: int = Field(ge=4)
+    channels: int = Field(3, ge=1, le=4)
+    random_flip: bool = True
+    validation_fraction: float = Field(0.0, ge=0, lt=1)
+    cache: str = "data/cache"
+
+
+class ModelConfig(Section):
+    """The attention U-Net (Ho et al. 2020, appendix B)."""
+
+    base_channels: int = Field(128, ge=4)
+    channel_multipliers: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 2, 2], min_length=1)
+    num_res_blocks: int = Field(2, ge=1)
+    attention_resolutions: list[int] = [16]
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class DiffusionConfig(Section):
+    """The forward process q."""
+
+    timesteps: int = Field(1000, ge=1)
+    beta_schedule: Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine"] = (
+        "linear"
+    )
+    beta_start: float = Field(1e-4, gt=0, le=1)
+    beta_end: float = Field(0.02, gt=0, le=1)
+
+
+class TrainingConfig(Section):
+    """Optimisation, hardware, and how often to do what. `batch_size` is that of all devices."""
+
+    seed: int = Field(0, ge=0)
+    batch_size: int = Field(128, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+    max_steps: int = Field(ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup_steps: int = Field(5000, ge=0)
+    gradient_clip_norm: float | None = Field(1.0, gt=0)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    max_skipped_steps: int = Field(20, ge=1)
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    compile: bool = False
+    num_workers: int = Field(0, ge=0)
+    log_every: int = Field(100, ge=1)
+    validate_every: int = Field(10_000, ge=0)
+    preview_every: int = Field(5000, ge=0)
+    preview_images: int = Field(36, ge=1)
+    save_every: int = Field(5000, ge=0)
+    keep_checkpoints: int = Field(3, ge=1)
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    devices: int | Literal["auto"] = "auto"
+    num_nodes: int = Field(1, ge=1)
+    results_folder: str = "lightning_logs"
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self):
+        micro = self.micro_batch_size
+        if micro and self.batch_size % micro:
+            raise ValueError(
+                f"micro_batch_size {micro} does not divide batch_size {self.batch_size}; "
+                f"these do: {divisors(self.batch_size)}"
+            )
+        if self.devices != "auto" and self.devices < 1:
+            raise ValueError(f"devices is {self.devices}; give 1 or more, or auto")
+        return self
+
+
+class SamplingConfig(Section):
+    """The reverse process: what `sample.py` does unless told otherwise."""
+
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"
+    variance: Literal["large", "small"] = "large"
+    eta: float = Field(0.0, ge=0, le=1)
+    timesteps: int | None = Field(None, ge=1)
+    spacing: Literal["trailing", "uniform", "quadratic", "logsnr"] = "trailing"
+
+
+class Config(Section):
+    """One run, whole."""
+
+    dataset: DatasetConfig
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    training: TrainingConfig
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self):
+        size, model = self.dataset.image_size, self.model
+        levels = len(model.channel_multipliers)
+        factor = 2 ** (levels - 1)
+        if size % factor:
+            near = max(factor, round(size / factor) * factor)
+            raise ValueError(
+                f"dataset.image_size {size} cannot be halved {levels - 1} times, as "
+                f"{levels} model.channel_multipliers ask; try {near}, or fewer multipliers"
+            )
+        resolutions = [size // 2**level for level in range(levels)]
+        for resolution in model.attention_resolutions:
+            if resolution not in resolutions:
+                raise ValueError(
+                    f"model.attention_resolutions has {resolution}; the feature sizes of "
+                    f"this network are {resolutions}"
+                )
+        steps = self.sampling.timesteps
+        if steps is not None and steps > self.diffusion.timesteps:
+            raise ValueError(
+                f"sampling.timesteps {steps} is more than diffusion.timesteps "
+                f"{self.diffusion.timesteps}"
+            )
+        return self
+
+
+def divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 2e-4 as a string; this reads it as YAML 1.2 and every person does."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"),
+    list("-+0123456789."),
+)
+
+
+def _no_duplicate_keys(loader, node, deep=False):
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.construct_mapping = _no_duplicate_keys
+
+
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # safe: _Loader is yaml.SafeLoader with better floats
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything.
+
+    Raises:
+        ValueError: one line a fault: where, value, rule and mend. OSError where it can't be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(str(p) for p in Path("configs").glob("*.yml"))
+        raise FileNotFoundError(f"no config at {path}{did_you_mean(str(path), there)}")
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        where = " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid YAML: {where}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no sections (dataset:, model:, training:, ...)")
+    for override in overrides:
+        _apply(tree, override)
+    return check_config(tree, source=str(path))
+
+
+def _apply(tree: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name and "." not in name):
+        raise ValueError(f"{override!r} is not an override; write section.key=value")
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{override!r}: {text!r} is not a YAML value") from None
+    values = tree.setdefault(section, {})
+    if values is None:
+        values = tree[section] = {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{override!r}: {section} is not a section")
+    values[name] = value
+
+
+def check_config(tree: dict, *, source: str) -> Config:
+    """A checked config from plain data; `source` names it in messages."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_explain(fault, tree)}" for fault in error.errors())
+        raise ValueError(f"{source}:\n{faults}") from None
+
+
+def _explain(fault: dict, tree: dict) -> str:
+    where = ".".join(str(part) for part in fault["loc"] if part not in ("int", "literal['auto']"))
+    if fault["type"] == "extra_forbidden":
+        section = fault["loc"][0]
+        known = Config.model_fields
+        if len(fault["loc"]) > 1:
+            known = known[section].annotation.model_fields
+        return f"{where}: no such key{did_you_mean(str(fault['loc'][-1]), known)}"
+    if fault["type"] == "missing":
+        return f"{where}: missing; give it a value"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {fault['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def did_you_mean(word: str, known) -> str:
+    """'; did you mean X?' where something near is known, else the list."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; there are: {', '.join(known)}" if known else ""
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+# What may change between two parts of one run without changing what it computes
+# (precision and compile: up to rounding).
+MAY_CHANGE = {
+    "dataset.root", "dataset.cache", "sampling",
+    *(f"training.{key}" for key in (
+        "micro_batch_size max_steps precision compile num_workers max_skipped_steps log_every "
+        "validate_every preview_every preview_images save_every keep_checkpoints accelerator "
+        "devices num_nodes results_folder"
+    ).split()),
+}  # fmt: skip
+
+
+def differences(old: Config, new: Config, *, ignore: set[str] = frozenset()) -> list[str]:
+    """'section.key: old -> new' for each value that differs and is not in `ignore`."""
+    lines = []
+    new_tree = new.model_dump(mode="json")
+    for section, values in old.model_dump(mode="json").items():
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if value != new_tree[section][key] and not ignore & {section, name}:
+                lines.append(f"{name}: {json.dumps(value)} -> {json.dumps(new_tree[section][key])}")
+    return lines

@@ -1,0 +1,260 @@
+"""The attention U-Net of Ho et al. 2020 (appendix B): (x_t, t) -> eps.
+
+Layer names and shapes are those of the official code, so that its weights fit as they are:
+`down.i.block.b.conv1` here is `down_i/block_b/conv1` there. `i` is the level, 0 the finest, also
+in `up`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class UNet(nn.Module):
+    """Predicts the noise eps in x_t.
+
+    Args:
+        image_size: height and width of the pictures; halved once for each multiplier but the first.
+        channels: of the pictures, 1 to 4.
+        base_channels: width before the multipliers, and of the sinusoidal time embedding.
+        channel_multipliers: width of each level, finest first, in units of `base_channels`.
+        num_res_blocks: residual blocks at each level of the encoder; the decoder has one more.
+        attention_resolutions: feature sizes with attention after each block. The middle always
+            has it.
+        dropout: probability, inside the residual blocks.
+
+    Raises:
+        ValueError: `image_size` cannot be halved that often, an attention resolution is not a
+            feature size, or a width is too small.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        channels: int,
+        base_channels: int,
+        channel_multipliers: list[int],
+        num_res_blocks: int,
+        attention_resolutions: list[int],
+        dropout: float,
+    ):
+        super().__init__()
+        levels = len(channel_multipliers)
+        self.factor = 2 ** (levels - 1)  # image sizes are multiples of it
+        sizes = [image_size // 2**level for level in range(levels)]
+        if image_size % self.factor:
+            raise ValueError(f"image_size {image_size} is not a multiple of {self.factor}")
+        if strangers := set(attention_resolutions) - set(sizes):
+            raise ValueError(f"attention_resolutions {sorted(strangers)} are not among {sizes}")
+        if base_channels < 4:
+            raise ValueError(f"base_channels {base_channels} is less than 4")
+
+        self.channels = channels
+        self.base_channels = base_channels
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        temb_width = 4 * base_channels
+        groups = group_count(base_channels)
+
+        def block(c_in: int, c_out: int) -> ResBlock:
+            return ResBlock(c_in, c_out, temb_width, groups, dropout)
+
+        def attention(level: int, width: int, count: int) -> nn.ModuleList:
+            there = sizes[level] in attention_resolutions
+            return nn.ModuleList(Attention(width, groups) for _ in range(count if there else 0))
+
+        self.temb = nn.Module()
+        self.temb.dense = nn.ModuleList(
+            [nn.Linear(base_channels, temb_width), nn.Linear(temb_width, temb_width)]
+        )
+        self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1)
+
+        width = base_channels
+        skips = [width]  # widths of what the decoder will pop, last first
+        self.down = nn.ModuleList()
+        for level, level_width in enumerate(widths):
+            down = nn.Module()
+            down.block = nn.ModuleList()
+            for _ in range(num_res_blocks):
+                down.block.append(block(width, level_width))
+                width = level_width
+                skips.append(width)
+            down.attn = attention(level, width, num_res_blocks)
+            if level < levels - 1:
+                down.downsample = Downsample(width)
+                skips.append(width)
+            self.down.append(down)
+
+        self.mid = nn.Module()
+        self.mid.block_1 = block(width, width)
+        self.mid.attn_1 = Attention(width, groups)
+        self.mid.block_2 = block(width, width)
+
+        self.up = nn.ModuleList()
+        for level in reversed(range(levels)):
+            up = nn.Module()
+            up.block = nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                up.block.append(block(width + skips.pop(), widths[level]))
+                width = widths[level]
+            up.attn = attention(level, width, num_res_blocks + 1)
+            if level > 0:
+                up.upsample = Upsample(width)
+            self.up.insert(0, up)
+
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier uniform, biases zero; gain 1e-5 where the official code asks for scale 0.
+
+        Done here for the whole tree, since a parent that initialised after its child would undo
+        the near-zero layers: with them each residual branch starts silent and eps_hat near 0.
+        """
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                silent = name.endswith(("conv2", "proj_out", "conv_out"))
+                nn.init.xavier_uniform_(layer.weight, gain=1e-5 if silent else 1.0)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The noise estimate.
+
+        Args:
+            x: x_t, [B, C, H, W]; H and W multiples of 2^(levels - 1).
+            t: [B], 0-based: 0 means one step of noise.
+
+        Returns:
+            eps_hat, [B, C, H, W], in float32 also under autocast.
+        """
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x is {list(x.shape)}; the network takes [B, {self.channels}, H, W]")
+        if x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise ValueError(
+                f"pictures of {x.shape[2]}x{x.shape[3]}: sides must be multiples of {self.factor}"
+            )
+        temb = timestep_embedding(t, self.base_channels)
+        temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb.to(self.conv_in.weight.dtype))))
+        temb = F.silu(temb)  # what every block applies first, once for all
+
+        h = self.conv_in(x)
+        skips = [h]
+        for down in self.down:
+            for i, block in enumerate(down.block):
+                h = block(h, temb)
+                if down.attn:
+                    h = down.attn[i](h)
+                skips.append(h)  # after the attention
+            if hasattr(down, "downsample"):
+                h = down.downsample(h)
+                skips.append(h)
+
+        h = self.mid.block_1(h, temb)
+        h = self.mid.attn_1(h)
+        h = self.mid.block_2(h, temb)
+
+        for up in reversed(self.up):
+            for i, block in enumerate(up.block):
+                h = block(torch.cat([h, skips.pop()], dim=1), temb)
+                if up.attn:
+                    h = up.attn[i](h)
+            if hasattr(up, "upsample"):
+                h = up.upsample(h)
+
+        return self.conv_out(F.silu(self.norm_out(h))).float()
+
+
+class ResBlock(nn.Module):
+    """norm, swish, conv, + time, norm, swish, dropout, conv, + shortcut."""
+
+    def __init__(self, c_in: int, c_out: int, temb_width: int, groups: int, dropout: float):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)  # TensorFlow's eps, not PyTorch's 1e-5
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.temb_proj = nn.Linear(temb_width, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """x: [B, c_in, H, W]; temb: [B, temb_width], after its swish -> [B, c_out, H, W]."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.temb_proj(temb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all pixels, with a residual."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same."""
+        h = self.norm(x)
+        # [B, C, H, W] -> [B, 1 head, H * W, C]
+        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k / sqrt(C)) v
+        return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the size: a strided convolution, padded at the bottom and right as TensorFlow does."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the size: nearest neighbour, then a convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """All sines, then all cosines, of t at `width // 2` frequencies from 1 down to exactly 1e-4.
+
+    Args:
+        t: [B].
+
+    Returns:
+        [B, width] float32; an odd width ends in a zero.
+    """
+    half = width // 2
+    # the divisor is half - 1, as in the official code
+    rates = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10_000) / (half - 1))
+    )
+    angles = t.float()[:, None] * rates  # [B, half]
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+
+
+def group_count(base_channels: int) -> int:
+    """GroupNorm's groups, one number for the whole network.
+
+    32 as in the paper where 32 divides `base_channels`; else the most groups that leave each at
+    least 4 channels (every width is a multiple of `base_channels`, so they always divide).
+    """
+    if base_channels % 32 == 0:
+        return 32
+    return max(g for g in range(1, base_channels // 4 + 1) if base_channels % g == 0 and g <= 32)

@@ -1,0 +1,613 @@
+"""Lightning's side: the module, its data, checkpoints, what is logged, and loading it all again.
+
+Everything random in a step is drawn from (seed, step) for the whole global batch, and each rank
+takes its rows; the order of the data is a function of the step too. So a run is a function of its
+config: stopping, resuming, validating and looking at samples leave no trace in it.
+"""
+
+import copy
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.strategies import DDPStrategy
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track as rich_track
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from torchvision.utils import make_grid
+
+from config import Config, check_config, divisors, to_yaml
+from dataset import Pictures, StepSampler, load_pictures
+from diffusion_utils import GaussianDiffusion, Step, from_uint8, make_steps, reverse, to_uint8
+from model import UNet
+
+TRAIN, DROPOUT, VALIDATE = range(3)  # streams of random numbers
+
+
+def seed_of(*key: int) -> int:
+    """A well-mixed seed below 2^63 from a few small integers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+class DDPM(pl.LightningModule):
+    """The network, its moving average, and one training step (Algorithm 1).
+
+    `unet` is what trains; `ema` is a second network that follows it and is what samples. The two
+    are never exchanged.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.automatic_optimization = False  # one batch is one update, micro-batches included
+        self.unet = UNet(
+            image_size=config.dataset.image_size,
+            channels=config.dataset.channels,
+            **config.model.model_dump(),
+        )
+        self.ema = copy.deepcopy(self.unet).requires_grad_(False).eval()
+        self.diffusion = GaussianDiffusion(**config.diffusion.model_dump())
+        self.weights = "ema"  # which of the two `forward` uses
+        # sums since the last log: loss, gradient norm, steps, skipped steps
+        self.register_buffer("tally", torch.zeros(4), persistent=False)
+        self.register_buffer("skipped_in_a_row", torch.zeros(()), persistent=False)
+
+    def train(self, mode: bool = True):
+        """Modes of `unet`; the average never drops out."""
+        super().train(mode)
+        self.ema.eval()
+        return self
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """eps_hat [B, C, H, W] of the chosen weights; x: [B, C, H, W], t: [B], 0-based."""
+        return self.run(self.ema if self.weights == "ema" else self.unet, x, t)
+
+    def run(self, net: UNet, x: Tensor, t: Tensor) -> Tensor:
+        """`net(x, t)` at the configured precision."""
+        bf16 = wants_bf16(self.config.training.precision, x.device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return net(x, t)
+
+    # ---- training
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # fused: one kernel, and it skips an update on the device when told `found_inf`
+        return torch.optim.Adam(
+            self.unet.parameters(), lr=self.learning_rate(0), betas=(0.9, 0.999), fused=True
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then constant: the first update has 0, as in the official code."""
+        rate, warmup = self.config.training.learning_rate, self.config.training.warmup_steps
+        return rate * min(1.0, step / warmup) if warmup else rate
+
+    def draw(self, stream: int, index: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """t [count], eps [count, C, H, W] and coin tosses [count] of one whole batch."""
+        generator = torch.Generator(self.device)
+        generator.manual_seed(seed_of(self.config.training.seed, stream, index))
+        random = dict(generator=generator, device=self.device)
+        data = self.config.dataset
+        t = torch.randint(self.diffusion.timesteps, (count,), **random)
+        heads = torch.rand(count, **random) < 0.5
+        eps = torch.randn(count, data.channels, data.image_size, data.image_size, **random)
+        return t, eps, heads
+
+    def training_step(self, batch: Tensor, _: int) -> None:
+        """One update from this rank's share of the global batch, uint8 [B / ranks, C, H, W]."""
+        config, step, rank = self.config.training, self.global_step, self.global_rank
+        optimizer = self.optimizers()
+        share = slice(rank * len(batch), (rank + 1) * len(batch))
+        t, eps, heads = (draw[share] for draw in self.draw(TRAIN, step, config.batch_size))
+        x_0 = from_uint8(batch)
+        if self.config.dataset.random_flip:
+            x_0 = torch.where(heads[:, None, None, None], x_0.flip(-1), x_0)
+
+        micro = config.micro_batch_size or len(batch)
+        mean_loss = torch.zeros((), device=self.device)
+        for i in range(0, len(batch), micro):
+            torch.manual_seed(seed_of(config.seed, DROPOUT, step, rank, i))
+            rows = slice(i, i + micro)
+            last = i + micro >= len(batch)
+            with nullcontext() if last else self._no_sync():
+                losses = self.diffusion.loss(self._train_net, x_0[rows], t[rows], eps[rows])
+                loss = losses.sum() / len(batch)
+                # a loss that is not finite makes every gradient so, and by that reaches every rank
+                self.manual_backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan).detach())
+            mean_loss += loss.detach()
+
+        limit = config.gradient_clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), limit)
+        skip = (~norm.isfinite()).float()
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        optimizer.optimizer.found_inf = skip  # 1: weights and moments stay, with no host sync
+        optimizer.step()
+        optimizer.zero_grad()
+        average = get_ema_multi_avg_fn(config.ema_decay)
+        average(list(self.ema.parameters()), list(self.unet.parameters()), None)
+
+        self.skipped_in_a_row.add_(1).mul_(skip)
+        news = torch.stack([mean_loss, norm, torch.ones_like(norm), skip])
+        self.tally += torch.where(skip > 0, news.new_tensor([0.0, 0.0, 0.0, 1.0]), news)
+
+    def _train_net(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.run(self.unet, x, t)
+
+    def _no_sync(self):
+        strategy = self.trainer.strategy
+        several = isinstance(strategy, DDPStrategy)
+        return strategy.block_backward_sync() if several else nullcontext()
+
+    # ---- validation: the same t and noise every time, on the average
+
+    def on_validation_epoch_start(self) -> None:
+        self._quarters = torch.zeros(2, 4, device=self.device)  # sums and counts by quarter of t
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        index = batch_idx * self.trainer.world_size + self.global_rank
+        t, eps, _ = self.draw(VALIDATE, index, len(batch))
+        micro = self.config.training.micro_batch_size or len(batch)
+        parts = zip(from_uint8(batch).split(micro), t.split(micro), eps.split(micro), strict=True)
+        losses = torch.cat([self.diffusion.loss(self, *part) for part in parts])
+        quarter = t * 4 // self.diffusion.timesteps
+        self._quarters.index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
+
+    def on_validation_epoch_end(self) -> None:
+        sums, counts = self.trainer.strategy.reduce(self._quarters, reduce_op="sum")
+        metrics = {"val/loss": (sums.sum() / counts.sum()).item()}
+        for i, mean in enumerate((sums / counts).tolist()):
+            metrics[f"val/loss by t/{i + 1} of 4"] = mean
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, self.global_step)
+
+    # ---- sampling
+
+    def chain(
+        self, steps: list[Step], seeds: list[int], *, image_size: int | None = None
+    ) -> Iterator[tuple[Step, Tensor, Tensor]]:
+        """Walk the reverse process: (step, x_s, x0_hat), [B, C, H, W] each, after each step.
+
+        A picture belongs to its seed: neighbours in the batch, and how many, do not touch it.
+        """
+        size = image_size or self.config.dataset.image_size
+        noise = SeedNoise(seeds, (self.config.dataset.channels, size, size), self.device)
+        return reverse(self.diffusion, self, noise(), steps, noise)
+
+    @torch.inference_mode()
+    def sample(self, steps: list[Step], seeds: list[int], **options) -> Tensor:
+        """Finished pictures, uint8 [B, C, H, W]; options as of `chain`."""
+        for _, x, _ in self.chain(steps, seeds, **options):
+            pass
+        return to_uint8(x)
+
+    # ---- checkpoints: plain data that explains itself
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["hyper_parameters"] = self.config.model_dump(mode="json")
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        # Lightning saves in the middle of its batch count; ours are steps, so both are one number
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for count in (progress["total"], progress["current"]):
+            count.update(dict.fromkeys(count, checkpoint["global_step"]))
+
+
+class SeedNoise:
+    """Standard normal [B, *shape] at each call; row i is a function of seeds[i] and the call."""
+
+    def __init__(self, seeds: list[int], shape: tuple[int, ...], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        # several calls' worth at once, fewer launches; how many depends on the shape alone
+        ahead = min(64, max(1, 2**17 // math.prod(shape)))
+        self.random = dict(size=(ahead, *shape), device=device)
+        self.queue: list[Tensor] = []
+
+    def __call__(self, _: Step | None = None) -> Tensor:
+        if not self.queue:
+            drawn = [torch.randn(generator=g, **self.random) for g in self.generators]
+            self.queue = list(torch.stack(drawn, dim=1).flip(0))
+        return self.queue.pop()
+
+
+def wants_bf16(precision: str, device: torch.device) -> bool:
+    """Whether `precision` means bfloat16 on `device`; auto: where the hardware multiplies it."""
+    if precision != "auto":
+        return precision == "bf16-mixed"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+# ---- data
+
+
+def show_decoding(items, total: int):
+    return rich_track(items, description="Decoding pictures", total=total, transient=True)
+
+
+class Data(pl.LightningDataModule):
+    """uint8 batches of the global batch, addressed by step."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.pictures: dict[str, Pictures] = {}
+
+    def prepare_data(self) -> None:  # once a node: whatever is fetched or decoded
+        self._load(progress=show_decoding)
+
+    def setup(self, stage: str | None = None) -> None:
+        self.pictures = self._load()
+
+    def _load(self, progress=None) -> dict[str, Pictures]:
+        keys = self.config.dataset.model_dump(exclude={"random_flip"})
+        return load_pictures(**keys, progress=progress)
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(
+            self.pictures["train"],
+            StepSampler(
+                count=len(self.pictures["train"]),
+                batch_size=self.config.training.batch_size,
+                seed=self.config.training.seed,
+                start_step=self.trainer.global_step,
+                rank=self.trainer.global_rank,
+                world_size=self.trainer.world_size,
+            ),
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        rows = range(len(self.pictures["validation"]))
+        size = self.config.training.batch_size
+        batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+        mine = batches[self.trainer.global_rank :: self.trainer.world_size]
+        return self._loader(self.pictures["validation"], mine)
+
+    def _loader(self, pictures: Pictures, batches) -> DataLoader:
+        return DataLoader(
+            pictures,
+            batch_size=None,  # the sampler yields whole batches
+            sampler=batches,
+            num_workers=self.config.training.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+# ---- checkpoints
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Written beside its place, forced to disk, then renamed: a name never holds half a file."""
+
+    def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"cannot write {path}: {error}; checkpoints before it are intact") from None
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict:
+        return read_checkpoint(path)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of ours as plain data, checked byte for byte.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: damaged, not one of ours, or a file that
+            asks to run code, which is never done.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"asks to run {asked[1]}" if asked else "holds more than plain data"
+        raise ValueError(f"{path} {what} when loaded, which is refused") from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from None
+    if damaged:
+        raise ValueError(f"{path} is damaged: {damaged} does not match its checksum")
+    if not isinstance(checkpoint, dict) or not {"hyper_parameters", "state_dict"} <= set(checkpoint):
+        raise ValueError(f"{path} is not a checkpoint of this project: it holds no config")
+    return checkpoint
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run's folder that can be read; says which it passes over.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = run / "checkpoints"
+    for path in [*sorted(folder.glob("step-*.ckpt"), reverse=True), folder / "last.ckpt"]:
+        try:
+            read_checkpoint(path)
+            return path
+        except ValueError as error:
+            print(f"passed over: {error}")
+        except FileNotFoundError:
+            pass
+    raise FileNotFoundError(f"{run} holds no checkpoint that can be read")
+
+
+def load_ddpm(path: str | Path, weights: str = "ema") -> DDPM:
+    """The trained model of a checkpoint or a run's folder, on the CPU, ready to call.
+
+    Args:
+        weights: `ema`, the average that the paper samples, or `raw`, the last training weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_checkpoint`.
+    """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights {weights!r} is not ema or raw")
+    path = Path(path)
+    if path.is_dir():
+        path = newest_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    ddpm = DDPM(check_config(checkpoint["hyper_parameters"], source=f"the config inside {path}"))
+    try:
+        ddpm.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: weights and config disagree: {error}") from None
+    ddpm.weights = weights
+    ddpm.trained_steps = checkpoint["global_step"]
+    return ddpm.eval().requires_grad_(False)
+
+
+class Interrupted(Exception):
+    """A signal ended training at a step boundary, with everything saved."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Checkpoints(pl.Callback):
+    """Saves at intervals, at the end and on SIGINT or SIGTERM; keeps the last few.
+
+    `last.ckpt` is a second name of the newest file.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int):
+        self.folder, self.every, self.keep = folder, every, keep
+        self.last: Path | None = None
+        self.received = 0
+
+    def on_train_start(self, trainer, module) -> None:
+        self._handlers = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        # ranks agree on a signal through the hosts: nothing waits for a device
+        several = trainer.world_size > 1
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if several else None
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # this replaces it
+
+    def _receive(self, signum: int, _) -> None:
+        if self.received:
+            os._exit(128 + signum)
+        self.received = signum
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        signum = self.received
+        if self._group:
+            flag = torch.tensor(signum)
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+            signum = int(flag)
+        step = trainer.global_step
+        if signum or step == trainer.max_steps or (self.every and step % self.every == 0):
+            self._save(trainer)
+        if signum:
+            raise Interrupted(signum)
+
+    def _save(self, trainer) -> None:
+        path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
+        trainer.save_checkpoint(path)
+        self.last = path
+        if trainer.is_global_zero:
+            link = self.folder / ".last.tmp"
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+            link.replace(self.folder / "last.ckpt")
+            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+                old.unlink()
+
+    def teardown(self, trainer, module, stage) -> None:
+        for signum, handler in getattr(self, "_handlers", {}).items():
+            signal.signal(signum, handler)
+
+
+# ---- what a person sees
+
+
+class Monitor(pl.Callback):
+    """Reads the sums at intervals, sends them to the loggers, moves the bar or prints a line."""
+
+    def __init__(self, config: Config, console: Console):
+        self.config, self.console = config.training, console
+        self.bar: Progress | None = None
+
+    def on_train_start(self, trainer, module) -> None:
+        self.total_skipped = 0
+        self.start = self.mark = (time.perf_counter(), trainer.global_step)
+        if trainer.is_global_zero and self.console.is_terminal:
+            self.bar = Progress(
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("[progress.description]{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                refresh_per_second=2,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(
+                "", total=trainer.max_steps, completed=trainer.global_step
+            )
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if self.bar:
+            self.bar.update(self.task, completed=step)
+        if step % self.config.log_every == 0 or step == trainer.max_steps:
+            self._log(trainer, module, step)
+
+    def _log(self, trainer, module, step: int) -> None:
+        tally = trainer.strategy.reduce(module.tally, reduce_op="mean")
+        loss, norm, count, skipped = tally.tolist()
+        in_a_row = int(module.skipped_in_a_row)
+        module.tally.zero_()
+        now = time.perf_counter()
+        rate = (step - self.mark[1]) / (now - self.mark[0])
+        self.mark = now, step
+        self.total_skipped += round(skipped)
+        metrics = {
+            "train/loss": loss / count if count else math.nan,
+            "train/gradient norm": norm / count if count else math.nan,
+            "train/learning rate": module.learning_rate(step - 1),
+            "train/images per second": rate * self.config.batch_size,
+            "train/skipped steps": self.total_skipped,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+        text = f"loss {metrics['train/loss']:.4f}  {rate * self.config.batch_size:,.0f} images/s"
+        if self.total_skipped:
+            text += f"  {self.total_skipped} steps skipped"
+        if self.bar:
+            self.bar.update(self.task, description=text)
+        elif trainer.is_global_zero:
+            left = timedelta(seconds=round((trainer.max_steps - step) / rate))
+            self.console.print(f"step {step:,} of {trainer.max_steps:,}  {text}  {left} left")
+        if in_a_row >= self.config.max_skipped_steps:
+            raise FloatingPointError(
+                f"loss or gradients were not finite for {in_a_row} steps up to step {step}; the "
+                "weights are those before. Try a lower training.learning_rate or "
+                "training.precision=32-true, from the last checkpoint"
+            )
+
+    def teardown(self, trainer, module, stage) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+class Previews(pl.Callback):
+    """A grid from fixed seeds by 20 steps of DPM-Solver++, under one tag.
+
+    While the average still remembers the initial weights, the raw weights' grid stands beside it.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config.training
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        every, step = self.config.preview_every, trainer.global_step
+        due = every and (step % every == 0 or step == trainer.max_steps)
+        if not due or not trainer.is_global_zero:
+            return
+        steps = make_steps(
+            module.diffusion,
+            sampler="dpm++",
+            variance="large",
+            eta=0.0,
+            timesteps=min(20, module.diffusion.timesteps),
+            spacing="trailing",
+        )
+        initial_share = self.config.ema_decay**step
+        module.eval()
+        for weights in ("ema", "raw") if initial_share > 0.01 else ("ema",):
+            module.weights = weights
+            grid = picture_grid(module.sample(steps, list(range(self.config.preview_images))))
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(f"samples/{weights}", grid, step)
+        module.weights = "ema"
+        module.train()
+
+
+def picture_grid(pictures: Tensor) -> Tensor:
+    """uint8 [N, C, H, W] -> one near-square uint8 [3, H', W'], small pictures enlarged."""
+    scale = max(1, 64 // pictures.shape[-1])
+    pictures = pictures[:, :3] if pictures.shape[1] != 2 else pictures[:, :1]
+    pictures = pictures.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return make_grid(pictures, nrow=math.ceil(math.sqrt(len(pictures))), padding=2, pad_value=128)
+
+
+# ---- the trainer
+
+
+def build_trainer(config: Config, run: Path, console: Console, *, resumed_step: int = 0):
+    """A Trainer that drives `DDPM` on `Data`; logs and checkpoints go into the folder `run`."""
+    training = config.training
+    gpus = torch.cuda.device_count() if training.accelerator in ("auto", "gpu") else 0
+    devices = training.devices if training.devices != "auto" else max(1, gpus)
+    ranks = devices * training.num_nodes
+    check_division(training.batch_size, training.micro_batch_size, ranks)
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
+    checkpoints = Checkpoints(run / "checkpoints", training.save_every, training.keep_checkpoints)
+    logger = TensorBoardLogger(
+        run.parent, name=run.name, version="", default_hp_metric=False, purge_step=resumed_step or None
+    )
+    return pl.Trainer(
+        accelerator=training.accelerator,
+        devices=devices,
+        num_nodes=training.num_nodes,
+        strategy=DDPStrategy(broadcast_buffers=False) if ranks > 1 else "auto",
+        max_steps=training.max_steps,
+        max_epochs=-1,
+        val_check_interval=training.validate_every or None,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if training.validate_every else 0,
+        num_sanity_val_steps=0,
+        # a checkpoint last, so that nothing it follows can be lost with it
+        callbacks=[Monitor(config, console), Previews(config), checkpoints],
+        logger=logger,
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def check_division(batch_size: int, micro_batch_size: int | None, ranks: int) -> None:
+    """Raises ValueError, with sizes that would do, where the global batch cannot be shared out."""
+    if batch_size % ranks:
+        down = batch_size // ranks * ranks
+        near = " or ".join(str(size) for size in (down, down + ranks) if size)
+        raise ValueError(
+            f"training.batch_size {batch_size} cannot be shared by {ranks} devices; try {near}"
+        )
+    share = batch_size // ranks
+    if micro_batch_size and share % micro_batch_size:
+        raise ValueError(
+            f"training.micro_batch_size {micro_batch_size} does not divide the {share} pictures of "
+            f"each device; these do: {divisors(share)}"
+        )

@@ -1,0 +1,240 @@
+"""Make pictures with a trained model."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+HELP = """
+Make pictures with a trained model.
+
+CKPT is a checkpoint or a run's folder; everything not said here is as in its config. The picture of
+seed 7 is 000007.png whatever else is made beside it. A second run makes only what is missing.
+
+Examples:
+
+  python sample.py lightning_logs/digits --num-images 8
+
+  python sample.py lightning_logs/cifar10/checkpoints/last.ckpt --sampler dpm++ --timesteps 20
+"""
+
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(help=HELP)
+def sample(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run's folder.")
+    ],
+    num_images: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Other than that of training: at your own risk.")
+    ] = None,
+    timesteps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sampling steps; fewer than T take a spaced sub-sequence."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
+    output_dir: Annotated[Path, typer.Option(help="Where they go.")] = Path("samples"),
+    sampler: Annotated[
+        Literal["ddpm", "ddim", "dpm++"] | None,
+        typer.Option(help="Algorithm 2; DDIM; or DPM-Solver++(2M), good at 20 steps."),
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Noise of ddim: 0 none, 1 as ddpm small.")
+    ] = None,
+    spacing: Annotated[
+        Literal["trailing", "uniform", "quadratic", "logsnr"] | None,
+        typer.Option(help="Which of the T steps, when fewer."),
+    ] = None,
+    variance: Annotated[
+        Literal["large", "small"] | None, typer.Option(help="Of ddpm: fixedlarge or fixedsmall.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first picture; then + 1 each.")] = 0,
+    weights: Annotated[
+        Literal["ema", "raw"], typer.Option(help="The average, or the last training weights.")
+    ] = "ema",
+    grid: Annotated[bool, typer.Option(help="Write grid.png of all of them, too.")] = True,
+):
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        given = dict(
+            sampler=sampler, variance=variance, eta=eta, timesteps=timesteps, spacing=spacing
+        )
+        given = {key: value for key, value in given.items() if value is not None}
+        ddpm, steps, recipe = prepare(checkpoint, device, weights, image_size, given)
+        seeds = list(range(seed, seed + num_images))
+        missing = missing_seeds(output_dir, seeds, recipe)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    console.print(
+        f"{recipe['checkpoint']} (step {recipe['step']:,}, {weights} weights): "
+        f"{recipe['sampler']}, {len(steps)} steps, on {ddpm.device}"
+    )
+    try:
+        write_pictures(ddpm, steps, missing, batch_size, output_dir, recipe, console)
+        kept = len(seeds) - len(missing)
+        console.print(
+            f"{len(missing)} pictures written to {output_dir}"
+            + (f", {kept} were there already" if kept else "")
+        )
+        if grid:
+            write_grid(output_dir, seeds)
+            console.print(f"all together: {output_dir / 'grid.png'}")
+    except KeyboardInterrupt:
+        console.print(f"stopped; what is finished is in {output_dir}, the same command goes on")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def prepare(checkpoint: Path, device: str, weights: str, image_size: int | None, given: dict):
+    """The model on its device, the step table, and the recipe that a picture carries."""
+    import torch
+
+    from diffusion_utils import make_steps
+    from pl_utils import load_ddpm
+
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {reason}") from None
+
+    ddpm = load_ddpm(checkpoint, weights=weights)
+    settings = ddpm.config.sampling.model_dump() | given
+    for option, only in (("eta", "ddim"), ("variance", "ddpm")):
+        if option in given and settings["sampler"] != only:
+            raise ValueError(
+                f"--{option} belongs to --sampler {only}, and this is {settings['sampler']}"
+            )
+    steps = make_steps(ddpm.diffusion, **settings)
+    size = image_size or ddpm.config.dataset.image_size
+    if size % ddpm.unet.factor:
+        near = max(1, round(size / ddpm.unet.factor)) * ddpm.unet.factor
+        raise ValueError(
+            f"--image-size {size} is not a multiple of {ddpm.unet.factor}, as this network "
+            f"needs; try {near}"
+        )
+    recipe = {"checkpoint": str(checkpoint), "weights": weights, "digest": digest_of(ddpm)}
+    recipe |= {"step": ddpm.trained_steps, "image_size": size, **settings, "timesteps": len(steps)}
+    return ddpm.to(device), steps, recipe
+
+
+def digest_of(ddpm) -> str:
+    """Of the weights that sample: 16 hexadecimal digits."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    net = ddpm.ema if ddpm.weights == "ema" else ddpm.unet
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def picture_file(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:06d}.png"
+
+
+def missing_seeds(folder: Path, seeds: list[int], recipe: dict) -> list[int]:
+    """Seeds without a good picture of this recipe.
+
+    Raises:
+        ValueError: a picture in the way was made by another recipe. Nothing is overwritten.
+    """
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = []
+    for seed in seeds:
+        path = picture_file(folder, seed)
+        if not path.exists():
+            missing.append(seed)
+            continue
+        try:
+            with Image.open(path) as image:
+                image.load()
+                other = json.loads(image.info.get("recipe", "{}"))
+        except (OSError, ValueError):
+            missing.append(seed)  # cut short when it was written
+            continue
+        changed = [
+            f"{key} {other.get(key)} -> {value}"
+            for key, value in recipe.items()
+            if key != "checkpoint" and other.get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{path} was made by another recipe ({', '.join(changed)}); "
+                "choose another --output-dir, or delete it"
+            )
+    return missing
+
+
+def write_pictures(ddpm, steps, seeds, batch_size, folder, recipe, console) -> None:
+    """NNNNNN.png of each seed, with the recipe inside; a bar over all network calls."""
+    import torch
+
+    from diffusion_utils import to_uint8
+
+    batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
+    columns = (
+        TextColumn("{task.completed}/{task.total} pictures"),
+        BarColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(seeds))
+        for batch in batches:
+            done = bar.tasks[task].completed
+            with torch.inference_mode():
+                chain = ddpm.chain(steps, batch, image_size=recipe["image_size"])
+                for i, (_, x, _) in enumerate(chain, start=1):
+                    bar.update(task, completed=done + len(batch) * i // len(steps))
+            for seed, pixels in zip(batch, to_uint8(x).cpu(), strict=True):
+                write_png(picture_file(folder, seed), pixels, recipe | {"seed": seed})
+
+
+def write_png(path: Path, pixels, recipe: dict | None = None) -> None:
+    """uint8 [C, H, W] as a PNG, complete or not at all."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    if recipe:
+        text.add_text("recipe", json.dumps(recipe))
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze())
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG", pnginfo=text)
+    temporary.replace(path)
+
+
+def write_grid(folder: Path, seeds: list[int]) -> None:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from pl_utils import picture_grid
+
+    arrays = [np.array(Image.open(picture_file(folder, seed))) for seed in seeds]
+    pictures = torch.from_numpy(np.stack(arrays))
+    pictures = pictures[:, None] if pictures.ndim == 3 else pictures.permute(0, 3, 1, 2)
+    write_png(folder / "grid.png", picture_grid(pictures))
+
+
+if __name__ == "__main__":
+    app()
