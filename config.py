@@ -154,7 +154,9 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"),
+    re.compile(
+        r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"
+    ),
     list("-+0123456789."),
 )
 
@@ -253,14 +255,19 @@ def to_yaml(config: Config) -> str:
 
 # What may change between two parts of one run without changing what it computes
 # (precision and compile: up to rounding).
-MAY_CHANGE = {
-    "dataset.root", "dataset.cache", "sampling",
-    *(f"training.{key}" for key in (
-        "micro_batch_size max_steps precision compile num_workers max_skipped_steps log_every "
-        "validate_every preview_every preview_images save_every keep_checkpoints accelerator "
-        "devices num_nodes results_folder"
-    ).split()),
-}  # fmt: skip
+MAY_CHANGE = {"dataset.root", "dataset.cache", "sampling"} | {
+    f"training.{key}"
+    for key in TrainingConfig.model_fields
+    if key
+    not in (
+        "seed",
+        "batch_size",
+        "learning_rate",
+        "warmup_steps",
+        "gradient_clip_norm",
+        "ema_decay",
+    )
+}
 
 
 def differences(old: Config, new: Config, *, ignore: set[str] = frozenset()) -> list[str]:

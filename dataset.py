@@ -126,8 +126,8 @@ def load_pictures(
     """
     fit = dict(image_size=image_size, channels=channels)
     if name == "cifar10":
-        splits = {"train": True, "validation": False}
-        return {k: Pictures(_fit_array(_read_cifar10(Path(root), v), **fit)) for k, v in splits.items()}
+        read = lambda train: Pictures(_fit_array(_read_cifar10(Path(root), train), **fit))
+        return {"train": read(True), "validation": read(False)}
     if name == "digits":
         pictures = Pictures(_fit_array(_read_digits(), **fit))
     else:
@@ -208,7 +208,8 @@ def _read_cifar10(root: Path, train: bool) -> np.ndarray:
                 pixels = np.fromfile(path, np.uint8).reshape(-1, 3073)[:, 1:]  # label, then pixels
             rows.append(pixels.astype(np.uint8, casting="safe").reshape(-1, 3, 32, 32))
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is missing; delete {path.parent} to fetch it") from None
+            mend = f"delete {path.parent} to have it fetched"
+            raise FileNotFoundError(f"{path} is missing; {mend}") from None
         except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"{path} is damaged or no CIFAR-10 batch: {error}") from None
     return np.concatenate(rows).transpose(0, 2, 3, 1)
@@ -256,7 +257,7 @@ def _list_files(root: Path) -> tuple[list[tuple[str, int, int]], Callable[[str],
     if zipfile.is_zipfile(root):
         archive = zipfile.ZipFile(root)
         found = [(i.filename, i.file_size, i.CRC) for i in archive.infolist() if not i.is_dir()]
-        opener = lambda name: io.BytesIO(archive.read(name))  # noqa: E731
+        opener = lambda name: io.BytesIO(archive.read(name))
     elif root.is_dir():
         paths = (
             Path(folder, file)
@@ -268,7 +269,7 @@ def _list_files(root: Path) -> tuple[list[tuple[str, int, int]], Callable[[str],
             for p in paths
             if p.exists()
         ]
-        opener = lambda name: (root / name).open("rb")  # noqa: E731
+        opener = lambda name: (root / name).open("rb")
     elif root.exists():
         raise ValueError(f"{root} (dataset.root) is neither a folder nor a zip")
     else:

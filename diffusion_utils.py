@@ -15,6 +15,7 @@ data itself is index -1 with `alpha_bar(-1) = 1`. Equations are of Ho et al. 202
 What derives from beta is float64. Nothing here draws a random number.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -172,7 +173,7 @@ def make_steps(
     times = [*spaced_timesteps(diffusion, timesteps, spacing), -1]
     steps: list[Step] = []
     h_last = None  # of lambda, the half log SNR
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         a_t, a_s = diffusion.alpha_bar(t), diffusion.alpha_bar(s)
         sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))  # DDIM Eq. 16
         c_t = math.sqrt(max(0.0, 1 - a_s - sigma**2) / (1 - a_t))  # DDIM Eq. 12; eta = 1 is Eq. 7

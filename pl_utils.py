@@ -6,37 +6,28 @@ config: stopping, resuming, validating and looking at samples leave no trace in 
 """
 
 import copy
-import json
 import math
-import os
-import pickle
-import re
-import signal
-import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from torchvision.utils import make_grid
 
-from config import Config, check_config, divisors, to_yaml
+from callbacks import Checkpoints, Monitor, Previews
+from checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
+from config import Config, check_config, divisors
 from dataset import Pictures, StepSampler, load_pictures
-from diffusion_utils import GaussianDiffusion, Step, from_uint8, make_steps, reverse, to_uint8
+from diffusion_utils import GaussianDiffusion, Step, from_uint8, reverse, to_uint8
 from model import UNet
 
 TRAIN, DROPOUT, VALIDATE = range(3)  # streams of random numbers
@@ -62,7 +53,7 @@ class DDPM(pl.LightningModule):
             image_size=config.dataset.image_size,
             channels=config.dataset.channels,
             **config.model.model_dump(),
-        )
+        ).to(memory_format=torch.channels_last)  # what convolutions are fastest in
         self.ema = copy.deepcopy(self.unet).requires_grad_(False).eval()
         self.diffusion = GaussianDiffusion(**config.diffusion.model_dump())
         self.weights = "ema"  # which of the two `forward` uses
@@ -295,69 +286,13 @@ class Data(pl.LightningDataModule):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Written beside its place, forced to disk, then renamed: a name never holds half a file."""
+    """Lightning's door to `checkpoint.py`."""
 
     def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-            temporary.unlink(missing_ok=True)
-            raise OSError(f"cannot write {path}: {error}; checkpoints before it are intact") from None
+        write_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict:
         return read_checkpoint(path)
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of ours as plain data, checked byte for byte.
-
-    Raises:
-        FileNotFoundError: nothing there. ValueError: damaged, not one of ours, or a file that
-            asks to run code, which is never done.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"asks to run {asked[1]}" if asked else "holds more than plain data"
-        raise ValueError(f"{path} {what} when loaded, which is refused") from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from None
-    if damaged:
-        raise ValueError(f"{path} is damaged: {damaged} does not match its checksum")
-    if not isinstance(checkpoint, dict) or not {"hyper_parameters", "state_dict"} <= set(checkpoint):
-        raise ValueError(f"{path} is not a checkpoint of this project: it holds no config")
-    return checkpoint
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run's folder that can be read; says which it passes over.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    folder = run / "checkpoints"
-    for path in [*sorted(folder.glob("step-*.ckpt"), reverse=True), folder / "last.ckpt"]:
-        try:
-            read_checkpoint(path)
-            return path
-        except ValueError as error:
-            print(f"passed over: {error}")
-        except FileNotFoundError:
-            pass
-    raise FileNotFoundError(f"{run} holds no checkpoint that can be read")
 
 
 def load_ddpm(path: str | Path, weights: str = "ema") -> DDPM:
@@ -385,181 +320,6 @@ def load_ddpm(path: str | Path, weights: str = "ema") -> DDPM:
     return ddpm.eval().requires_grad_(False)
 
 
-class Interrupted(Exception):
-    """A signal ended training at a step boundary, with everything saved."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-class Checkpoints(pl.Callback):
-    """Saves at intervals, at the end and on SIGINT or SIGTERM; keeps the last few.
-
-    `last.ckpt` is a second name of the newest file.
-    """
-
-    def __init__(self, folder: Path, every: int, keep: int):
-        self.folder, self.every, self.keep = folder, every, keep
-        self.last: Path | None = None
-        self.received = 0
-
-    def on_train_start(self, trainer, module) -> None:
-        self._handlers = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
-        # ranks agree on a signal through the hosts: nothing waits for a device
-        several = trainer.world_size > 1
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if several else None
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # this replaces it
-
-    def _receive(self, signum: int, _) -> None:
-        if self.received:
-            os._exit(128 + signum)
-        self.received = signum
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        signum = self.received
-        if self._group:
-            flag = torch.tensor(signum)
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-            signum = int(flag)
-        step = trainer.global_step
-        if signum or step == trainer.max_steps or (self.every and step % self.every == 0):
-            self._save(trainer)
-        if signum:
-            raise Interrupted(signum)
-
-    def _save(self, trainer) -> None:
-        path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
-        trainer.save_checkpoint(path)
-        self.last = path
-        if trainer.is_global_zero:
-            link = self.folder / ".last.tmp"
-            link.unlink(missing_ok=True)
-            os.link(path, link)
-            link.replace(self.folder / "last.ckpt")
-            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
-                old.unlink()
-
-    def teardown(self, trainer, module, stage) -> None:
-        for signum, handler in getattr(self, "_handlers", {}).items():
-            signal.signal(signum, handler)
-
-
-# ---- what a person sees
-
-
-class Monitor(pl.Callback):
-    """Reads the sums at intervals, sends them to the loggers, moves the bar or prints a line."""
-
-    def __init__(self, config: Config, console: Console):
-        self.config, self.console = config.training, console
-        self.bar: Progress | None = None
-
-    def on_train_start(self, trainer, module) -> None:
-        self.total_skipped = 0
-        self.start = self.mark = (time.perf_counter(), trainer.global_step)
-        if trainer.is_global_zero and self.console.is_terminal:
-            self.bar = Progress(
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("[progress.description]{task.description}"),
-                TimeRemainingColumn(),
-                console=self.console,
-                refresh_per_second=2,
-            )
-            self.bar.start()
-            self.task = self.bar.add_task(
-                "", total=trainer.max_steps, completed=trainer.global_step
-            )
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        step = trainer.global_step
-        if self.bar:
-            self.bar.update(self.task, completed=step)
-        if step % self.config.log_every == 0 or step == trainer.max_steps:
-            self._log(trainer, module, step)
-
-    def _log(self, trainer, module, step: int) -> None:
-        tally = trainer.strategy.reduce(module.tally, reduce_op="mean")
-        loss, norm, count, skipped = tally.tolist()
-        in_a_row = int(module.skipped_in_a_row)
-        module.tally.zero_()
-        now = time.perf_counter()
-        rate = (step - self.mark[1]) / (now - self.mark[0])
-        self.mark = now, step
-        self.total_skipped += round(skipped)
-        metrics = {
-            "train/loss": loss / count if count else math.nan,
-            "train/gradient norm": norm / count if count else math.nan,
-            "train/learning rate": module.learning_rate(step - 1),
-            "train/images per second": rate * self.config.batch_size,
-            "train/skipped steps": self.total_skipped,
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step)
-        text = f"loss {metrics['train/loss']:.4f}  {rate * self.config.batch_size:,.0f} images/s"
-        if self.total_skipped:
-            text += f"  {self.total_skipped} steps skipped"
-        if self.bar:
-            self.bar.update(self.task, description=text)
-        elif trainer.is_global_zero:
-            left = timedelta(seconds=round((trainer.max_steps - step) / rate))
-            self.console.print(f"step {step:,} of {trainer.max_steps:,}  {text}  {left} left")
-        if in_a_row >= self.config.max_skipped_steps:
-            raise FloatingPointError(
-                f"loss or gradients were not finite for {in_a_row} steps up to step {step}; the "
-                "weights are those before. Try a lower training.learning_rate or "
-                "training.precision=32-true, from the last checkpoint"
-            )
-
-    def teardown(self, trainer, module, stage) -> None:
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
-
-
-class Previews(pl.Callback):
-    """A grid from fixed seeds by 20 steps of DPM-Solver++, under one tag.
-
-    While the average still remembers the initial weights, the raw weights' grid stands beside it.
-    """
-
-    def __init__(self, config: Config):
-        self.config = config.training
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        every, step = self.config.preview_every, trainer.global_step
-        due = every and (step % every == 0 or step == trainer.max_steps)
-        if not due or not trainer.is_global_zero:
-            return
-        steps = make_steps(
-            module.diffusion,
-            sampler="dpm++",
-            variance="large",
-            eta=0.0,
-            timesteps=min(20, module.diffusion.timesteps),
-            spacing="trailing",
-        )
-        initial_share = self.config.ema_decay**step
-        module.eval()
-        for weights in ("ema", "raw") if initial_share > 0.01 else ("ema",):
-            module.weights = weights
-            grid = picture_grid(module.sample(steps, list(range(self.config.preview_images))))
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(f"samples/{weights}", grid, step)
-        module.weights = "ema"
-        module.train()
-
-
-def picture_grid(pictures: Tensor) -> Tensor:
-    """uint8 [N, C, H, W] -> one near-square uint8 [3, H', W'], small pictures enlarged."""
-    scale = max(1, 64 // pictures.shape[-1])
-    pictures = pictures[:, :3] if pictures.shape[1] != 2 else pictures[:, :1]
-    pictures = pictures.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return make_grid(pictures, nrow=math.ceil(math.sqrt(len(pictures))), padding=2, pad_value=128)
-
-
 # ---- the trainer
 
 
@@ -573,7 +333,11 @@ def build_trainer(config: Config, run: Path, console: Console, *, resumed_step: 
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
     checkpoints = Checkpoints(run / "checkpoints", training.save_every, training.keep_checkpoints)
     logger = TensorBoardLogger(
-        run.parent, name=run.name, version="", default_hp_metric=False, purge_step=resumed_step or None
+        run.parent,
+        name=run.name,
+        version="",
+        default_hp_metric=False,
+        purge_step=resumed_step or None,
     )
     return pl.Trainer(
         accelerator=training.accelerator,
@@ -587,7 +351,7 @@ def build_trainer(config: Config, run: Path, console: Console, *, resumed_step: 
         limit_val_batches=1.0 if training.validate_every else 0,
         num_sanity_val_steps=0,
         # a checkpoint last, so that nothing it follows can be lost with it
-        callbacks=[Monitor(config, console), Previews(config), checkpoints],
+        callbacks=[Monitor(training, console), Previews(training), checkpoints],
         logger=logger,
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,

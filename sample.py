@@ -1,14 +1,13 @@
 """Make pictures with a trained model."""
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 HELP = """
 Make pictures with a trained model.
@@ -64,9 +63,13 @@ def sample(
 ):
     console = Console(highlight=False, soft_wrap=True)
     try:
-        given = dict(
-            sampler=sampler, variance=variance, eta=eta, timesteps=timesteps, spacing=spacing
-        )
+        given = {
+            "sampler": sampler,
+            "variance": variance,
+            "eta": eta,
+            "timesteps": timesteps,
+            "spacing": spacing,
+        }
         given = {key: value for key, value in given.items() if value is not None}
         ddpm, steps, recipe = prepare(checkpoint, device, weights, image_size, given)
         seeds = list(range(seed, seed + num_images))
@@ -228,7 +231,7 @@ def write_grid(folder: Path, seeds: list[int]) -> None:
     import torch
     from PIL import Image
 
-    from pl_utils import picture_grid
+    from callbacks import picture_grid
 
     arrays = [np.array(Image.open(picture_file(folder, seed))) for seed in seeds]
     pictures = torch.from_numpy(np.stack(arrays))

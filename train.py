@@ -16,7 +16,7 @@ from config import MAY_CHANGE, Config, check_config, differences, load_config, t
 HELP = """
 Train a diffusion model from one YAML file.
 
-Pictures, losses and the EMA's samples go to TensorBoard, checkpoints to lightning_logs/RUN/checkpoints.
+Losses and the average's samples go to TensorBoard, checkpoints to lightning_logs/RUN/checkpoints.
 Ctrl-C saves and stops; --continue-training goes on as if nothing had happened.
 
 Examples:
@@ -83,7 +83,9 @@ def train(
 
 def fit(config: Config, run: Path, checkpoint_path: Path | None, console: Console) -> int:
     """Train, and say how it ended; the exit code. Raises what goes wrong before the first step."""
-    from pl_utils import DDPM, Data, Interrupted, build_trainer, read_checkpoint
+    from callbacks import Interrupted
+    from checkpoint import read_checkpoint
+    from pl_utils import DDPM, Data, build_trainer
 
     step = 0
     if checkpoint_path:
@@ -144,7 +146,7 @@ def find_run(
     results: Path, name: str, run_name: str | None, checkpoint: Path | None
 ) -> tuple[Path, Path]:
     """The folder to go on in, and the checkpoint to go on from."""
-    from pl_utils import newest_checkpoint
+    from checkpoint import newest_checkpoint
 
     if checkpoint is None:
         runs = [p for p in results.glob(f"{name}*") if p.name == name or is_numbered(p.name, name)]

@@ -1,0 +1,34 @@
+# make demo: train on handwritten digits and look at what the model draws, in minutes.
+# make test: the test suite.
+# Both set up .venv first, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := digits-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test slow lint
+
+demo: .venv/ready
+	$(BIN)/python train.py configs/digits.yml --run-name $(RUN)
+	$(BIN)/python sample.py lightning_logs/$(RUN) --num-images 64 --output-dir samples/$(RUN)
+	@echo
+	@echo "pictures:    samples/$(RUN)/grid.png"
+	@echo "checkpoint:  lightning_logs/$(RUN)/checkpoints/last.ckpt"
+	@echo "TensorBoard: $(BIN)/tensorboard --logdir lightning_logs"
+	@echo "next:        $(BIN)/python sample.py lightning_logs/$(RUN) --num-images 8 --seed 64 --output-dir samples/more"
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/ready: requirements.txt requirements-test.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 10) and "Python 3.10 or newer is needed, this is %d.%d: make PYTHON=/path/to/python3.12" % v)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@

@@ -1,0 +1,154 @@
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config import Config, check_config, differences, load_config, parse_yaml, to_yaml
+from dataset import load_pictures
+from diffusion_utils import GaussianDiffusion, make_steps
+from model import UNet
+
+CONFIGS = sorted(Path("configs").glob("*.yml"))
+DIGITS = "configs/digits.yml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_shipped_configs_hold(path):
+    config = load_config(path)
+    assert check_config(yaml.safe_load(to_yaml(config)), source="") == config  # there and back
+
+
+def test_the_papers_settings():
+    cifar, celeba = load_config("configs/cifar10.yml"), load_config("configs/celeba.yml")
+    for config in (cifar, celeba):
+        diffusion, training = config.diffusion, config.training
+        assert (diffusion.timesteps, diffusion.beta_schedule) == (1000, "linear")
+        assert (diffusion.beta_start, diffusion.beta_end) == (1e-4, 0.02)
+        assert (training.warmup_steps, training.gradient_clip_norm) == (5000, 1.0)
+        assert training.ema_decay == 0.9999
+        assert config.dataset.random_flip
+        assert config.dataset.channels == 3
+        assert (config.model.base_channels, config.model.num_res_blocks) == (128, 2)
+        assert config.model.attention_resolutions == [16]
+        assert (config.sampling.sampler, config.sampling.timesteps) == ("ddpm", None)
+    assert (cifar.training.batch_size, celeba.training.batch_size) == (128, 64)
+    assert (cifar.training.learning_rate, celeba.training.learning_rate) == (2e-4, 2e-5)
+    assert (cifar.training.max_steps, celeba.training.max_steps) == (800_000, 500_000)
+    assert (cifar.model.dropout, celeba.model.dropout) == (0.1, 0.0)
+    assert cifar.model.channel_multipliers == [1, 2, 2, 2]
+    assert celeba.model.channel_multipliers == [1, 1, 2, 2, 4, 4]
+    assert (cifar.dataset.image_size, celeba.dataset.image_size) == (32, 256)
+    assert (cifar.sampling.variance, celeba.sampling.variance) == ("large", "small")
+    assert celeba.dataset.validation_fraction == 0  # the paper trains on all 30,000
+
+
+def test_a_section_is_a_constructor():
+    """Its keys are the constructor's keywords, less facts of the data; no second defaults."""
+    config = load_config(DIGITS)
+    data = {"image_size", "channels"}
+    for section, function, less in (
+        (config.model, UNet, data),
+        (config.diffusion, GaussianDiffusion, set()),
+        (config.sampling, make_steps, set()),
+        (config.dataset, load_pictures, set()),
+    ):
+        parameters = inspect.signature(function).parameters.values()
+        keywords = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
+        keys = set(type(section).model_fields)
+        assert keywords - less - {"progress"} == keys - {"random_flip"}
+        assert all(p.default is p.empty for p in parameters if p.name in keys)
+
+
+def test_overrides_win():
+    config = load_config(
+        DIGITS, ["training.batch_size=4", "model.channel_multipliers=[2]", "training.devices=auto",
+                 "model.attention_resolutions=[]", "training.learning_rate=1e-5",
+                 "training.gradient_clip_norm=null"],
+    )  # fmt: skip
+    assert config.training.batch_size == 4
+    assert config.model.channel_multipliers == [2]
+    assert config.training.learning_rate == 1e-5
+    assert config.training.gradient_clip_norm is None
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.batchsize=4", "training.batchsize: no such key; did you mean batch_size?"),
+        ("trainig.batch_size=4", "trainig: no such key; did you mean training?"),
+        ("training.batch_size=many", "training.batch_size: 'many'"),
+        ("training.batch_size=2.5", "training.batch_size: 2.5"),
+        ("training.batch_size=true", "training.batch_size: True"),
+        ("training.batch_size=0", "training.batch_size: 0"),
+        ("training.learning_rate=-1", "training.learning_rate: -1"),
+        ("training.learning_rate=.inf", "training.learning_rate: inf"),
+        ("training.learning_rate=.nan", "training.learning_rate: nan"),
+        ("training.max_steps=null", "training.max_steps: None"),
+        ("training.devices=0", "devices is 0"),
+        ("training.micro_batch_size=3", "micro_batch_size 3 does not divide batch_size 32"),
+        ("training", "section.key=value"),
+        ("training.=1", "section.key=value"),
+        ("a.b.c=1", "section.key=value"),
+        ("training.batch_size=[", "not a YAML value"),
+        ("dataset.image_size=9", "cannot be halved 1 times"),
+        ("dataset.name=cifar", "dataset.name: 'cifar'"),
+        ("model.attention_resolutions=[16]", "[8, 4]"),
+        ("model.channel_multipliers=[1,0]", "channel_multipliers.1: 0"),
+        ("diffusion.beta_schedule=linaer", "'linear'"),
+        ("sampling.timesteps=1001", "sampling.timesteps 1001"),
+    ],
+)
+def test_faults_name_the_key_the_value_and_the_rule(override, says, tmp_path):
+    path = tmp_path / "run.yml"
+    tree = yaml.safe_load(Path(DIGITS).read_text())
+    tree["training"]["batch_size"] = 32
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_config(path, [override])
+    assert says in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_all_faults_at_once():
+    with pytest.raises(ValueError, match=r"names(.|\n)*seed(.|\n)*batchsize"):
+        load_config(DIGITS, ["dataset.names=x", "training.batchsize=1", "training.seed=-1"])
+
+
+@pytest.mark.parametrize("text", ["dataset: [", "- a", "", "dataset: {name: digits}", "a: 1\na: 2"])
+def test_bad_files(text, tmp_path):
+    path = tmp_path / "bad.yml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.yml"):
+        load_config(path)
+
+
+def test_missing_file_names_a_near_one():
+    with pytest.raises(FileNotFoundError, match=r"did you mean configs/cifar10\.yml"):
+        load_config("configs/cifar.yml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2e-4", 2e-4), ("2E+4", 2e4), ("1.5", 1.5), ("-1e3", -1e3), ("1_000", 1000), ("3", 3),
+     ("1_000.5", 1000.5), ("1e4x", "1e4x"), ("1.2.3", "1.2.3"), (".5", 0.5), ("e5", "e5")],
+)  # fmt: skip
+def test_numbers_are_read_as_people_write_them(text, value):
+    parsed = parse_yaml(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_differences():
+    old = load_config(DIGITS)
+    new = load_config(DIGITS, ["training.seed=1", "training.max_steps=7"])
+    assert differences(old, old) == []
+    assert differences(old, new, ignore={"training.max_steps"}) == ["training.seed: 0 -> 1"]
+    assert len(differences(old, new)) == 2
+
+
+def test_config_is_plain_and_frozen():
+    config = load_config(DIGITS)
+    assert Config.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.seed = 3

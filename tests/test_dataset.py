@@ -1,0 +1,277 @@
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dataset import Pictures, StepSampler, fit_picture, load_pictures
+
+
+def load(tmp_path, name="folder", **changes):
+    keys = {
+        "name": name,
+        "root": str(tmp_path / "root"),
+        "image_size": 8,
+        "channels": 3,
+        "validation_fraction": 0.0,
+        "cache": str(tmp_path / "cache"),
+    }
+    return load_pictures(**{**keys, **changes})
+
+
+def noise_image(seed, size=(8, 8), mode="RGB"):
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 256, (size[1], size[0], len(Image.new(mode, (1, 1)).getbands())))
+    return Image.fromarray(pixels.squeeze().astype(np.uint8), mode)
+
+
+# ---- the order
+
+
+def test_each_epoch_is_a_permutation():
+    sampler = StepSampler(count=10, batch_size=4, seed=3)
+    stream = [row for step in range(25) for row in sampler.rows(step)]
+    epochs = [stream[i : i + 10] for i in range(0, 100, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 10
+    assert stream != [
+        r for s in range(25) for r in StepSampler(count=10, batch_size=4, seed=4).rows(s)
+    ]
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    rows = StepSampler(count=3, batch_size=7, seed=0).rows(5)
+    assert len(rows) == 7
+    assert set(rows) == {0, 1, 2}
+
+
+def test_it_starts_anywhere():
+    from_0 = iter(StepSampler(count=10, batch_size=4, seed=0))
+    batches = [next(from_0) for _ in range(20)]
+    from_13 = iter(StepSampler(count=10, batch_size=4, seed=0, start_step=13))
+    assert [next(from_13) for _ in range(7)] == batches[13:]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_the_one_batch(world_size):
+    whole = StepSampler(count=100, batch_size=8, seed=0)
+    ranks = [
+        StepSampler(count=100, batch_size=8, seed=0, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
+    for step in (0, 12, 13):
+        assert [row for rank in ranks for row in rank.rows(step)] == whole.rows(step)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_yields_the_rows(num_workers, tmp_path):
+    data = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1)
+    np.save(tmp_path / "p.npy", data)
+    for source in (data, tmp_path / "p.npy"):
+        sampler = StepSampler(count=20, batch_size=6, seed=0)
+        loader = iter(
+            DataLoader(Pictures(source), batch_size=None, sampler=sampler, num_workers=num_workers)
+        )
+        for step in range(8):
+            batch = next(loader)
+            assert batch.dtype == torch.uint8
+            assert batch.flatten().tolist() == sampler.rows(step)
+
+
+# ---- the sources
+
+
+def test_digits(tmp_path):
+    parts = load(tmp_path, "digits", channels=1, validation_fraction=0.1)
+    assert (len(parts["train"]), len(parts["validation"])) == (1617, 180)
+    assert parts["train"].shape == (1, 8, 8)
+    together = torch.cat([p[list(range(len(p)))] for p in parts.values()])
+    assert (together.min(), together.max()) == (0, 255)
+    from sklearn.datasets import load_digits
+
+    expected = np.sort((load_digits().images * 255 / 16).round().reshape(1797, -1).sum(1))
+    assert np.array_equal(np.sort(together.flatten(1).sum(1).numpy()), expected)
+
+
+def test_held_out_is_held_out(tmp_path):
+    one = load(tmp_path, "digits", channels=1, validation_fraction=0.2)
+    two = load(tmp_path, "digits", channels=1, validation_fraction=0.2)
+    assert not set(one["train"].rows) & set(one["validation"].rows)
+    assert np.array_equal(one["train"].rows, two["train"].rows)
+    with pytest.raises(ValueError, match="leaves"):
+        load(tmp_path, "digits", channels=1, validation_fraction=0.9999)
+
+
+def write_cifar(root, count=5, form="py"):
+    folder = root / f"cifar-10-batches-{form}"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (6, count, 3072), dtype=np.uint8)
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        if form == "py":
+            batch = {b"batch_label": b"x", b"labels": [0] * count, b"data": pixels[i]}
+            (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+        else:
+            labels = np.zeros((count, 1), np.uint8)
+            np.concatenate([labels, pixels[i]], 1).tofile(folder / f"{name}.bin")
+    return pixels.reshape(6, count, 3, 32, 32)
+
+
+@pytest.mark.parametrize("form", ["py", "bin"])
+def test_cifar10_in_its_own_formats(form, tmp_path):
+    pixels = write_cifar(tmp_path / "root", form=form)
+    parts = load(tmp_path, "cifar10", image_size=32)
+    assert np.array_equal(parts["train"][list(range(25))], pixels[:5].reshape(25, 3, 32, 32))
+    assert np.array_equal(parts["validation"][list(range(5))], pixels[5])
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch stolen",)
+
+
+def test_a_cifar10_file_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_cifar(tmp_path / "root")
+    batch = tmp_path / "root" / "cifar-10-batches-py" / "data_batch_3"
+    batch.write_bytes(pickle.dumps({b"data": Evil()}))
+    with pytest.raises(ValueError, match=r"data_batch_3.*system.*refused"):
+        load(tmp_path, "cifar10", image_size=32)
+    assert not (tmp_path / "stolen").exists()
+    batch.write_bytes(batch.read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"data_batch_3 is damaged"):
+        load(tmp_path, "cifar10", image_size=32)
+    batch.unlink()
+    with pytest.raises(FileNotFoundError, match=r"data_batch_3 is missing"):
+        load(tmp_path, "cifar10", image_size=32)
+
+
+def test_folder_of_everything(tmp_path, capsys):
+    root = tmp_path / "root"
+    for i, ext in enumerate(["jpg", "JPEG", "png", "webp", "bmp", "gif", "tiff", "PNG"]):
+        path = root / f"{i // 3}" / f"{i}.{ext}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise_image(i, (20, 12)).save(path)
+    (root / "notes.txt").write_text("not a picture")
+    (root / ".hidden.png").write_text("not a picture")
+    (root / "empty.png").write_bytes(b"")
+    whole = (root / "0" / "0.jpg").read_bytes()
+    (root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    pictures = load(tmp_path)["train"]
+    said = capsys.readouterr().out
+    assert len(pictures) == 8
+    assert "2 of 10" in said
+    assert "empty.png" in said
+    assert "cut.jpg" in said
+    for row, (i, ext) in enumerate([(0, "jpg"), (1, "JPEG"), (2, "png")]):
+        with Image.open(root / "0" / f"{i}.{ext}") as image:
+            expected = fit_picture(image, image_size=8, channels=3)
+        assert np.array_equal(pictures[[row]][0], expected)
+
+
+def test_zip_is_a_folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(5):
+        noise_image(i).save(tmp_path / "images" / f"{i}.png")
+    archive = tmp_path / "pictures.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in (tmp_path / "images").iterdir():
+            file.write(path, f"deep/{path.name}")
+    rows = list(range(5))
+    from_zip = load(tmp_path, root=str(archive))["train"][rows]
+    from_folder = load(tmp_path, root=str(tmp_path / "images"))["train"][rows]
+    assert torch.equal(from_zip, from_folder)
+
+
+def test_cache_follows_the_files(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    noise_image(0).save(root / "a.png")
+    before = load(tmp_path)["train"][[0]]
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    load(tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == files
+    noise_image(1).save(root / "a.png")
+    os.utime(root / "a.png", ns=(1, 1))
+    assert not torch.equal(load(tmp_path)["train"][[0]], before)
+    assert load(tmp_path, channels=1)["train"].shape == (1, 8, 8)
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_too_many_bad_files_are_refused(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    for i in range(12):
+        (root / f"{i}.png").write_bytes(b"no")
+    for i in range(12, 20):
+        noise_image(i).save(root / f"{i}.png")
+    with pytest.raises(ValueError, match=r"12 of 20 files"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["folder", "celebahq"])
+def test_no_pictures_is_said(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match="root"):
+        load(tmp_path, name)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "readme.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"holds no pictures \(jpg"):
+        load(tmp_path, name)
+
+
+def test_celebahq_takes_a_folder_as_it_is(tmp_path):
+    (tmp_path / "root").mkdir()
+    noise_image(0, (256, 256)).save(tmp_path / "root" / "00000.png")
+    assert load(tmp_path, "celebahq", image_size=256)["train"].shape == (3, 256, 256)
+
+
+# ---- one picture
+
+
+def test_a_picture_of_the_right_size_is_untouched():
+    image = noise_image(0)
+    ours = fit_picture(image, image_size=8, channels=3)
+    assert np.array_equal(ours, np.asarray(image).transpose(2, 0, 1))
+
+
+def test_crop_is_the_centre_and_never_stretches():
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 255
+    assert (fit_picture(Image.fromarray(pixels), image_size=8, channels=3) == 255).all()
+    assert fit_picture(Image.fromarray(pixels), image_size=4, channels=3).min() > 230
+
+
+def test_shrinking_is_antialiased():
+    pixels = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)  # a fine chequerboard
+    grey = fit_picture(Image.fromarray(pixels), image_size=8, channels=1)
+    assert abs(grey.astype(int) - 127).max() < 12
+
+
+def test_odd_files_come_out_right():
+    grey16 = Image.fromarray(np.full((8, 8), 65535 // 2, np.uint16))
+    assert (fit_picture(grey16, image_size=8, channels=3) // 2 == 63).all()
+
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert (fit_picture(clear, image_size=8, channels=3) == 255).all()  # on white
+    assert fit_picture(clear, image_size=8, channels=4)[3].max() == 0
+
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert fit_picture(palette, image_size=8, channels=3)[:, 0, 0].tolist() == [10, 20, 30]
+
+    cmyk = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    assert fit_picture(cmyk, image_size=8, channels=3)[:, 0, 0].tolist() == [0, 255, 255]
+
+    turned = Image.new("RGB", (8, 8))
+    turned.paste((255, 255, 255), (0, 0, 8, 4))  # the upper half is white
+    turned.getexif()[0x0112] = 3  # "upside down"
+    upright = fit_picture(turned, image_size=8, channels=1)[0]
+    assert upright[:4].max() == 0
+    assert upright[4:].min() == 255
+
+    grey = noise_image(0, mode="L")
+    assert np.array_equal(fit_picture(grey, image_size=8, channels=3)[1], np.asarray(grey))

@@ -1,0 +1,62 @@
+"""The shape of the project: who imports whom, and that the README tells the truth."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+OURS = {p.stem for p in Path().glob("*.py")}
+ALLOWED = {
+    "config": set(),
+    "model": set(),
+    "diffusion_utils": set(),
+    "dataset": set(),
+    "checkpoint": set(),
+    "callbacks": {"config", "diffusion_utils"},
+    "pl_utils": {"callbacks", "checkpoint", "config", "dataset", "diffusion_utils", "model"},
+    "train": {"callbacks", "checkpoint", "config", "pl_utils"},
+    "sample": {"callbacks", "diffusion_utils", "pl_utils"},
+}
+
+
+def imports(name: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(Path(f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_imports_form_the_plan(name):
+    assert imports(name) & OURS <= ALLOWED[name]
+    if name not in ("pl_utils", "callbacks", "train"):
+        assert "pytorch_lightning" not in imports(name)
+
+
+def test_config_knows_no_torch():
+    assert not imports("config") & {"torch", "torchvision", "pytorch_lightning"}
+
+
+def test_requirements_are_what_is_imported():
+    pip_names = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+    lines = Path("requirements.txt").read_text().splitlines()
+    listed = {re.split(r"[<>=~; ]", line)[0] for line in lines if line and line[0] not in "#-"}
+    optional = {"kagglehub"}
+    used = set().union(*(imports(name) for name in OURS)) - OURS - optional
+    used = {pip_names.get(n, n).replace("_", "-") for n in used - sys.stdlib_module_names}
+    assert used <= listed
+    assert "requirements.txt" in Path("environment.yml").read_text()
+
+
+def test_readme_commands_are_run_somewhere():
+    """Each python or make line of the README stands in a test or in the Makefile."""
+    run = "\n".join(p.read_text() for p in [*Path("tests").glob("*.py"), Path("Makefile")])
+    lines = re.findall(r"^(?:python|make|torchrun) .*$", Path("README.md").read_text(), re.M)
+    assert len(lines) > 8
+    missing = [line for line in lines if line.split("  #")[0].strip() not in run]
+    assert not missing

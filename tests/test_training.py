@@ -1,0 +1,399 @@
+"""Training, resuming and loading, in this process, on a network of a few thousand weights."""
+
+import math
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+
+from checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
+from config import load_config
+from diffusion_utils import from_uint8, make_steps
+from pl_utils import DDPM, TRAIN, Data, SeedNoise, build_trainer, check_division, load_ddpm
+
+
+def tiny(*overrides):
+    return load_config("configs/smoke.yml", ["training.accelerator=cpu", *overrides])
+
+
+def train(folder, *overrides, resume=None, callbacks=(), ddpm=None):
+    """One run; the module and the optimizer's state after it."""
+    config = tiny(*overrides)
+    pl.seed_everything(len(str(folder)), verbose=False)  # what the process did before is no matter
+    torch.manual_seed(7)  # but the initial weights are the same
+    ddpm = ddpm or DDPM(config)
+    trainer = build_trainer(config, Path(folder), Console(quiet=True))
+    trainer.callbacks[:0] = callbacks
+    trainer.fit(ddpm, Data(config), ckpt_path=resume, weights_only=True)
+    return ddpm, trainer.optimizers[0].state_dict()
+
+
+def assert_same(one, two):
+    """Bitwise, through nested dicts and lists."""
+    assert type(one) is type(two)
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, list):
+        for a, b in zip(one, two, strict=True):
+            assert_same(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    else:
+        assert one == two
+
+
+class Watch(pl.Callback):
+    """Notes the weights before each step and after the last."""
+
+    def __init__(self):
+        self.weights, self.ema, self.batches = [], [], []
+
+    def note(self, module):
+        self.weights.append([p.detach().clone() for p in module.unet.parameters()])
+        self.ema.append([p.clone() for p in module.ema.parameters()])
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.note(module)
+        self.batches.append(batch.clone())
+
+    def on_train_end(self, trainer, module):
+        self.note(module)
+
+
+# ---- a run is a function of its config
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        (),
+        ("training.validate_every=2", "training.preview_every=3", "training.preview_images=2"),
+        ("training.num_workers=2", "training.save_every=1"),
+        ("training.micro_batch_size=4",),
+    ],
+)
+def test_stopping_and_resuming_leaves_no_trace(tmp_path, others):
+    same = [o for o in others if "micro" in o]
+    straight, adam = train(tmp_path / "a", *same)
+    train(tmp_path / "b", "training.max_steps=1", *same)
+    for steps in (4, 6):
+        last = newest_checkpoint(tmp_path / "b")
+        resumed, resumed_adam = train(
+            tmp_path / "b", f"training.max_steps={steps}", *others, resume=last
+        )
+    assert_same(dict(straight.state_dict()), dict(resumed.state_dict()))
+    assert_same(adam, resumed_adam)
+
+
+def test_micro_batches_are_the_same_step(tmp_path):
+    whole, _ = train(tmp_path / "a", "model.dropout=0.0")
+    parts, _ = train(tmp_path / "b", "model.dropout=0.0", "training.micro_batch_size=2")
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_step_is_the_papers(tmp_path):
+    """Adam, clipping, warm-up and the average, written out from the same draws."""
+    watch = Watch()
+    ddpm, _ = train(
+        tmp_path, "model.dropout=0.0", "training.gradient_clip_norm=0.5", callbacks=[watch]
+    )
+    net = DDPM(ddpm.config).unet.double()
+    m = [torch.zeros_like(p) for p in net.parameters()]
+    v = [torch.zeros_like(p) for p in net.parameters()]
+    clipped = 0
+    for step in range(6):
+        for p, value in zip(net.parameters(), watch.weights[step], strict=True):
+            p.data.copy_(value)
+        t, eps, _ = ddpm.draw(TRAIN, step, 8)
+        x_0 = from_uint8(watch.batches[step]).double()
+        a = ddpm.diffusion.alpha_bar(t).view(-1, 1, 1, 1)
+        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps
+        loss = (net(x_t, t).double() - eps).square().mean()
+        gradients = torch.autograd.grad(loss, list(net.parameters()))
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        clipped += norm > 0.5
+        rate = 1e-3 * min(step / 3, 1)  # the first update has 0
+        for i, g in enumerate(gradients):
+            g = g * min(1.0, 0.5 / norm)
+            m[i] = 0.9 * m[i] + 0.1 * g
+            v[i] = 0.999 * v[i] + 0.001 * g.square()
+            m_hat, v_hat = m[i] / (1 - 0.9 ** (step + 1)), v[i] / (1 - 0.999 ** (step + 1))
+            expected = watch.weights[step][i] - rate * m_hat / (v_hat.sqrt() + 1e-8)
+            torch.testing.assert_close(
+                watch.weights[step + 1][i].double(), expected, rtol=1e-4, atol=2e-6
+            )
+    assert clipped
+    for step in range(6):
+        for before, after, weight in zip(
+            watch.ema[step], watch.ema[step + 1], watch.weights[step + 1], strict=True
+        ):
+            torch.testing.assert_close(after, before + 0.005 * (weight - before))
+    for weight, average in zip(watch.weights[0], watch.ema[0], strict=True):
+        assert torch.equal(weight, average)  # it starts from the initial weights
+
+
+def test_warm_up():
+    ddpm = DDPM(load_config("configs/cifar10.yml", ["model.base_channels=8"]))
+    rates = [ddpm.learning_rate(step) for step in (0, 1, 2500, 5000, 800_000)]
+    assert rates == pytest.approx([0, 4e-8, 1e-4, 2e-4, 2e-4])
+    assert DDPM(tiny("training.warmup_steps=0")).learning_rate(0) == 1e-3
+
+
+def test_flips_are_half_and_only_when_asked(tmp_path):
+    seen = []
+
+    class See(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            _, _, heads = module.draw(TRAIN, trainer.global_step, 64)
+            x_0 = from_uint8(batch)
+            seen.append((x_0, heads))
+
+    def spy(ddpm):
+        loss = ddpm.diffusion.loss
+        ddpm.diffusion.loss = lambda model, x_0, t, eps: (
+            given.append(x_0),
+            loss(model, x_0, t, eps),
+        )[1]
+        return ddpm
+
+    for flip in (True, False):
+        given: list = []
+        seen.clear()
+        overrides = [f"dataset.random_flip={str(flip).lower()}", "training.batch_size=64"]
+        train(tmp_path / str(flip), *overrides, callbacks=[See()], ddpm=spy(DDPM(tiny(*overrides))))
+        flipped = 0
+        for (x_0, heads), used in zip(seen, given, strict=True):
+            for i in range(64):
+                turned = flip and bool(heads[i])
+                assert torch.equal(used[i], x_0[i].flip(-1) if turned else x_0[i])
+                flipped += turned
+        assert (130 < flipped < 254) if flip else flipped == 0
+
+
+def test_draws_are_uniform_and_normal():
+    ddpm = DDPM(tiny())
+    t, eps, heads = ddpm.draw(TRAIN, 0, 20_000)
+    assert torch.bincount(t, minlength=20).sub(1000).abs().max() < 160  # 5 sigma
+    assert eps.mean().abs() < 0.005
+    assert eps.std().sub(1).abs() < 0.005
+    assert heads.float().mean().sub(0.5).abs() < 0.02
+    other = ddpm.draw(TRAIN, 1, 20_000)
+    assert not torch.equal(t, other[0])
+    assert_same(list(ddpm.draw(TRAIN, 0, 20_000)), [t, eps, heads])
+
+
+# ---- numbers that are none
+
+
+class Poison(pl.Callback):
+    """Makes the gradients of some steps infinite."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        bad = trainer.global_step in self.steps
+        module.unet.conv_out.bias.register_hook(lambda g: g * math.inf if bad else g)
+
+
+def test_a_bad_step_changes_nothing(tmp_path):
+    class Watched(Poison, Watch):
+        def __init__(self, steps):
+            Watch.__init__(self)
+            self.steps = steps
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            Watch.on_train_batch_start(self, trainer, module, batch, batch_idx)
+            module.unet.conv_out.bias._backward_hooks = None
+            Poison.on_train_batch_start(self, trainer, module, batch, batch_idx)
+
+    watch = Watched({3})
+    ddpm, adam = train(tmp_path, callbacks=[watch])
+    for i, before in enumerate(watch.weights[3]):
+        assert torch.equal(before, watch.weights[4][i])
+    assert not all(torch.equal(a, b) for a, b in zip(*watch.weights[4:6], strict=True))
+    assert all(s["step"] == 5 for s in adam["state"].values())
+    for tensor in [*ddpm.parameters(), *(s["exp_avg_sq"] for s in adam["state"].values())]:
+        assert tensor.isfinite().all()
+
+
+def test_many_bad_steps_end_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"4 steps up to step 4"):
+        train(tmp_path, "training.max_skipped_steps=3", callbacks=[Poison(set(range(9)))])
+
+
+# ---- the average, validation and sampling stand apart
+
+
+def test_the_average_never_drops_out():
+    ddpm = DDPM(tiny("model.dropout=0.9"))
+    with torch.no_grad():
+        for p in ddpm.ema.parameters():
+            p.normal_(std=0.1)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 5])
+    ddpm.train()
+    assert torch.equal(ddpm(x, t), ddpm(x, t))
+    assert not any(p.requires_grad for p in ddpm.ema.parameters())
+
+
+def test_pictures_belong_to_their_seeds():
+    ddpm = DDPM(tiny()).eval()
+    with torch.no_grad():
+        for p in ddpm.ema.parameters():
+            p.normal_(std=0.1)
+    steps = make_steps(
+        ddpm.diffusion,
+        sampler="ddpm",
+        variance="large",
+        eta=0.0,
+        timesteps=None,
+        spacing="trailing",
+    )
+    together = ddpm.sample(steps, [0, 1, 2, 3, 4])
+    assert torch.equal(ddpm.sample(steps, [3, 4]), together[3:])
+    assert torch.equal(ddpm.sample(steps, [2]), together[2:3])
+    assert len({picture.numpy().tobytes() for picture in together}) == 5
+
+
+def test_noise_is_a_stream_per_seed():
+    shape = (3, 40, 40)
+    noise = SeedNoise([5, 6], shape, torch.device("cpu"))
+    stream = torch.stack([noise() for _ in range(70)])  # past one refill
+    alone = SeedNoise([6], shape, torch.device("cpu"))
+    assert torch.equal(torch.stack([alone() for _ in range(70)])[:, 0], stream[:, 1])
+    assert len({z.numpy().tobytes() for z in stream.flatten(0, 1)}) == 140
+    assert stream.mean().abs() < 0.005
+    assert stream.std().sub(1).abs() < 0.005
+
+
+def test_validation_is_the_same_every_time(tmp_path):
+    class Note(pl.Callback):
+        def __init__(self):
+            self.losses = []
+
+        def on_validation_batch_end(self, trainer, module, outputs, batch, *_):
+            t, eps, _ = module.draw(2, 0, len(batch))
+            self.losses.append((t.sum().item(), eps.sum().item()))
+
+    note = Note()
+    overrides = ["training.validate_every=2", "training.batch_size=180", "training.ema_decay=0.0"]
+    train(tmp_path, *overrides, callbacks=[note])
+    assert len(note.losses) == 3
+    assert len(set(note.losses)) == 1
+
+
+def test_curves_are_written(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    overrides = ["training.validate_every=3", "training.preview_every=3"]
+    train(tmp_path / "run", *overrides)
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    scalars = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag in ("loss", "learning rate", "gradient norm", "images per second", "skipped steps"):
+        assert scalars[f"train/{tag}"] == [2, 4, 6]
+    assert scalars["val/loss"] == [3, 6]
+    assert sum(tag.startswith("val/loss by t/") for tag in scalars) == 4
+    assert [e.value for e in events.Scalars("train/learning rate")] == pytest.approx(
+        [1e-3 * min(1, step / 3) for step in (1, 3, 5)]
+    )
+    assert {"samples/ema", "samples/raw"} <= set(events.Tags()["images"])
+
+
+# ---- checkpoints
+
+
+def test_checkpoints_explain_themselves(tmp_path):
+    ddpm, _ = train(tmp_path / "run", "training.save_every=1", "training.keep_checkpoints=2")
+    folder = tmp_path / "run" / "checkpoints"
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["last.ckpt", "step-00000005.ckpt", "step-00000006.ckpt"]
+    assert newest_checkpoint(tmp_path / "run") == folder / "step-00000006.ckpt"
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"] == ddpm.config.model_dump(mode="json")
+    for path in (folder / "last.ckpt", tmp_path / "run"):
+        loaded = load_ddpm(path)
+        assert loaded.config == ddpm.config
+        assert loaded.trained_steps == 6
+        assert_same(dict(loaded.state_dict()), dict(ddpm.state_dict()))
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 5])
+    with torch.no_grad():
+        assert torch.equal(load_ddpm(folder / "last.ckpt")(x, t), ddpm.ema(x, t))
+        assert torch.equal(load_ddpm(folder / "last.ckpt", "raw")(x, t), ddpm.unet.eval()(x, t))
+        assert not torch.equal(ddpm.ema(x, t), ddpm.unet(x, t))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch stolen",)
+
+
+def test_no_checkpoint_runs_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Evil(), "hyper_parameters": {}, "global_step": 0}, "evil.ckpt")
+    for read in (read_checkpoint, load_ddpm):
+        with pytest.raises(ValueError, match=r"evil\.ckpt asks to run \w+\.system.*refused"):
+            read("evil.ckpt")
+    Path("old.ckpt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        read_checkpoint("old.ckpt")
+    assert not Path("stolen").exists()
+
+
+def test_bad_checkpoints_are_named_and_passed_over(tmp_path, capsys):
+    train(tmp_path, "training.save_every=2")
+    folder = tmp_path / "checkpoints"
+    newest, middle = folder / "step-00000006.ckpt", folder / "step-00000004.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-1000])  # cut short
+    with zipfile.ZipFile(middle) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+        at = largest.header_offset + len(largest.filename) + 200
+    content = bytearray(middle.read_bytes())
+    content[at] ^= 1  # one bit
+    middle.write_bytes(content)
+    assert newest_checkpoint(tmp_path) == folder / "step-00000002.ckpt"
+    said = capsys.readouterr().out
+    assert "step-00000006.ckpt is damaged" in said
+    assert "step-00000004.ckpt is damaged" in said
+
+
+def test_a_failed_write_leaves_the_old(tmp_path):
+    path = tmp_path / "a.ckpt"
+    write_checkpoint({"x": 1}, path)
+
+    class Full(torch.Tensor):
+        def __reduce_ex__(self, protocol):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"a\.ckpt.*No space left"):
+        write_checkpoint({"x": torch.zeros(3).as_subclass(Full)}, path)
+    assert torch.load(path, weights_only=True) == {"x": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"hello" * 100])
+def test_what_is_no_checkpoint(content, tmp_path):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.ckpt is damaged or not a checkpoint"):
+        read_checkpoint(tmp_path / "x.ckpt")
+    torch.save({"model": {}}, tmp_path / "y.ckpt")
+    with pytest.raises(ValueError, match="holds no config"):
+        read_checkpoint(tmp_path / "y.ckpt")
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        load_ddpm(tmp_path / "z.ckpt")
+
+
+def test_division():
+    check_division(64, 4, 8)
+    with pytest.raises(ValueError, match=r"64 cannot be shared by 3 devices; try 63 or 66"):
+        check_division(64, None, 3)
+    with pytest.raises(ValueError, match=r"16 does not divide the 8 pictures .* 1, 2, 4, 8"):
+        check_division(64, 16, 8)
