@@ -2,7 +2,9 @@
 
 import math
 import os
+import shutil
 import signal
+import subprocess
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
-from config import TrainingConfig
+from config import Config, TrainingConfig, to_yaml
 from diffusion_utils import make_steps
 
 
@@ -32,67 +34,100 @@ class Interrupted(Exception):
 class Checkpoints(pl.Callback):
     """Saves at intervals, at the end and on SIGINT or SIGTERM; keeps the last few.
 
-    `last.ckpt` is a second name of the newest file.
+    `last.ckpt` is a second name of the newest file. Where a run goes on from an earlier step, the
+    files of later ones are set aside, so that the newest is always the run's own.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int):
-        self.folder, self.every, self.keep = folder, every, keep
-        self.last: Path | None = None
-        self.received = 0
+    def __init__(self, folder: Path, config: TrainingConfig, resumed_from: Path | None = None):
+        self.folder, self.config = folder, config
+        self.last = resumed_from
+        self.began = False
+        self._received = 0
+        self._handlers: dict = {}
 
     def on_train_start(self, trainer, module) -> None:
-        self._handlers = {
-            s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)
-        }
-        # ranks agree on a signal through the hosts: nothing waits for a device
+        self.began = True
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if "SLURM_JOB_ID" in os.environ:
+            signals.append(signal.SIGUSR1)  # sbatch --signal=SIGUSR1@90: the time is nearly up
+        for signum in signals:
+            self._handlers[signum] = signal.signal(signum, self._receive)
+        # ranks agree on a signal through their hosts: nothing waits for a device
         several = trainer.world_size > 1
-        self._group = (
-            dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if several else None
-        )
+        self._hosts = dist.new_group(backend="gloo") if several else None
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # this replaces it
+        if trainer.is_global_zero:
+            here = self._path(trainer.global_step)
+            for path in self.folder.glob("step-*.ckpt"):
+                if path.name > here.name:
+                    path.rename(path.with_suffix(".ckpt.aside"))
+            if here.exists():
+                self._point_last_to(here)
+            for leftover in self.folder.glob(".*.tmp"):
+                leftover.unlink()
 
     def _receive(self, signum: int, _) -> None:
-        if self.received:
-            os._exit(128 + signum)
-        self.received = signum
+        if self._received:
+            os._exit(128 + signum)  # the second one: at once
+        self._received = signum
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        signum = self.received
-        if self._group:
+        signum = self._received
+        if self._hosts:
             flag = torch.tensor(signum)
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._hosts)
             signum = int(flag)
-        step = trainer.global_step
-        if signum or step == trainer.max_steps or (self.every and step % self.every == 0):
-            self._save(trainer)
+        step, every = trainer.global_step, self.config.save_every
+        if signum or step == trainer.max_steps or (every and step % every == 0):
+            path = self._path(step)
+            trainer.save_checkpoint(path)
+            self.last = path
+            if trainer.is_global_zero:
+                self._point_last_to(path)
+                for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.config.keep_checkpoints]:
+                    old.unlink()
+        if signum == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue_slurm_job()
         if signum:
             raise Interrupted(signum)
 
-    def _save(self, trainer) -> None:
-        path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
-        trainer.save_checkpoint(path)
-        self.last = path
-        if trainer.is_global_zero:
-            link = self.folder / ".last.tmp"
-            link.unlink(missing_ok=True)
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.ckpt"
+
+    def _point_last_to(self, path: Path) -> None:
+        link = self.folder / ".last.tmp"
+        link.unlink(missing_ok=True)
+        try:
             os.link(path, link)
-            link.replace(self.folder / "last.ckpt")
-            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
-                old.unlink()
+        except OSError:  # a file system without links
+            shutil.copyfile(path, link)
+        link.replace(self.folder / "last.ckpt")
 
     def teardown(self, trainer, module, stage) -> None:
-        for signum, handler in getattr(self, "_handlers", {}).items():
-            signal.signal(signum, handler)
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+
+def requeue_slurm_job() -> None:
+    """Puts this job back in the queue; run again, it goes on by itself (SLURM_RESTART_COUNT)."""
+    job = os.environ["SLURM_JOB_ID"]
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"job {job} could not be requeued: {error}")
 
 
 class Monitor(pl.Callback):
     """Reads the sums at intervals, sends them to the loggers, moves the bar or prints a line."""
 
-    def __init__(self, config: TrainingConfig, console: Console):
-        self.config, self.console = config, console
+    def __init__(self, config: Config, console: Console):
+        self.whole, self.config, self.console = config, config.training, console
         self.bar: Progress | None = None
 
     def on_train_start(self, trainer, module) -> None:
+        self._summarise(trainer, module)
         self.total_skipped = 0
         self.start = self.mark = (time.perf_counter(), trainer.global_step)
         if trainer.is_global_zero and self.console.is_terminal:
@@ -108,6 +143,29 @@ class Monitor(pl.Callback):
             self.task = self.bar.add_task(
                 "", total=trainer.max_steps, completed=trainer.global_step
             )
+
+    def _summarise(self, trainer, module) -> None:
+        data, training = self.whole.dataset, self.config
+        counts = {key: len(pictures) for key, pictures in trainer.datamodule.pictures.items()}
+        parameters = sum(p.numel() for p in module.unet.parameters())
+        share = training.batch_size // trainer.world_size
+        micro = training.micro_batch_size or share
+        epochs = training.max_steps * training.batch_size / counts["train"]
+        self.console.print(
+            f"data: {data.name}, {counts['train']:,} pictures of "
+            f"{data.channels}x{data.image_size}x{data.image_size}, {counts['validation']:,} held "
+            f"out, flips {'on' if data.random_flip else 'off'}\n"
+            f"model: {parameters:,} parameters, T = {self.whole.diffusion.timesteps}, on "
+            f"{module.device}, {'bfloat16' if module.bf16 else 'float32'}\n"
+            f"training: {training.max_steps:,} steps ({epochs:,.0f} epochs) of "
+            f"{training.batch_size} pictures = {trainer.world_size} device(s) x "
+            f"{share // micro} micro-batch(es) x {micro}, learning rate "
+            f"{training.learning_rate:g}, EMA {training.ema_decay}, seed {training.seed}"
+        )
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                text = "\n".join(f"    {line}" for line in to_yaml(self.whole).splitlines())
+                logger.experiment.add_text("config", text, trainer.global_step)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
@@ -166,8 +224,7 @@ class Previews(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         every, step = self.config.preview_every, trainer.global_step
-        due = every and (step % every == 0 or step == trainer.max_steps)
-        if not due or not trainer.is_global_zero:
+        if not every or step % every or not trainer.is_global_zero:
             return
         steps = make_steps(
             module.diffusion,

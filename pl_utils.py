@@ -9,14 +9,17 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.progress import track as rich_track
 from torch import Tensor
@@ -73,9 +76,14 @@ class DDPM(pl.LightningModule):
 
     def run(self, net: UNet, x: Tensor, t: Tensor) -> Tensor:
         """`net(x, t)` at the configured precision."""
-        bf16 = wants_bf16(self.config.training.precision, x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return net(x, t)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the network multiplies in bfloat16; auto: where the hardware does."""
+        precision = self.config.training.precision
+        return precision == "bf16-mixed" or (precision == "auto" and has_bf16(self.device))
 
     # ---- training
 
@@ -218,10 +226,8 @@ class SeedNoise:
         return self.queue.pop()
 
 
-def wants_bf16(precision: str, device: torch.device) -> bool:
-    """Whether `precision` means bfloat16 on `device`; auto: where the hardware multiplies it."""
-    if precision != "auto":
-        return precision == "bf16-mixed"
+@cache
+def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -323,42 +329,58 @@ def load_ddpm(path: str | Path, weights: str = "ema") -> DDPM:
 # ---- the trainer
 
 
-def build_trainer(config: Config, run: Path, console: Console, *, resumed_step: int = 0):
-    """A Trainer that drives `DDPM` on `Data`; logs and checkpoints go into the folder `run`."""
+def build_trainer(
+    config: Config, run: Path, console: Console, *, resumed_from: Path | None = None, step: int = 0
+) -> pl.Trainer:
+    """A Trainer that drives `DDPM` on `Data`; logs and checkpoints go into the folder `run`.
+
+    Args:
+        resumed_from, step: the checkpoint that `fit` will be given, and its step.
+
+    Raises:
+        ValueError: hardware that is not there, or a batch that it cannot share.
+    """
     training = config.training
     gpus = torch.cuda.device_count() if training.accelerator in ("auto", "gpu") else 0
     devices = training.devices if training.devices != "auto" else max(1, gpus)
     ranks = devices * training.num_nodes
     check_division(training.batch_size, training.micro_batch_size, ranks)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
-    checkpoints = Checkpoints(run / "checkpoints", training.save_every, training.keep_checkpoints)
+    checkpoints = Checkpoints(run / "checkpoints", training, resumed_from)
     logger = TensorBoardLogger(
         run.parent,
         name=run.name,
         version="",
         default_hp_metric=False,
-        purge_step=resumed_step or None,
+        purge_step=step or None,
     )
-    return pl.Trainer(
-        accelerator=training.accelerator,
-        devices=devices,
-        num_nodes=training.num_nodes,
-        strategy=DDPStrategy(broadcast_buffers=False) if ranks > 1 else "auto",
-        max_steps=training.max_steps,
-        max_epochs=-1,
-        val_check_interval=training.validate_every or None,
-        check_val_every_n_epoch=None,
-        limit_val_batches=1.0 if training.validate_every else 0,
-        num_sanity_val_steps=0,
-        # a checkpoint last, so that nothing it follows can be lost with it
-        callbacks=[Monitor(training, console), Previews(training), checkpoints],
-        logger=logger,
-        plugins=[AtomicCheckpointIO()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    logger.NAME_HPARAMS_FILE = "config.yml"  # it is there already
+    plugins = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():  # `Checkpoints` requeues, at a step boundary
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    try:
+        return pl.Trainer(
+            accelerator=training.accelerator,
+            devices=devices,
+            num_nodes=training.num_nodes,
+            strategy=DDPStrategy(broadcast_buffers=False) if ranks > 1 else "auto",
+            max_steps=training.max_steps,
+            max_epochs=-1,
+            val_check_interval=training.validate_every or None,
+            check_val_every_n_epoch=None,
+            limit_val_batches=1.0 if training.validate_every else 0,
+            num_sanity_val_steps=0,
+            callbacks=[checkpoints, Monitor(config, console), Previews(training)],
+            logger=logger,
+            plugins=plugins,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except MisconfigurationException as error:
+        asked = f"training.accelerator={training.accelerator}, devices={training.devices}"
+        raise ValueError(f"{asked}: {error}") from None
 
 
 def check_division(batch_size: int, micro_batch_size: int | None, ranks: int) -> None:

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,8 @@ Examples:
 
   tensorboard --logdir lightning_logs
 """
+
+EXPECTED = ValueError, OSError, FloatingPointError  # whose messages are written for users
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -55,15 +58,15 @@ def train(
         typer.Option(help="Go on from this checkpoint; implies --continue-training."),
     ] = None,
 ):
-    is_main = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
-    console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+    console = Console(quiet=not is_main_process(), highlight=False, soft_wrap=True)
     run = None
     try:
         config = load_config(config_file, overrides or ())
         results = Path(config.training.results_folder)
         name = check_name(run_name or config_file.stem)
 
-        if checkpoint_path or continue_training:
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+        if checkpoint_path or continue_training or requeued:
             run, checkpoint_path = find_run(results, name, run_name, checkpoint_path)
         else:
             run = new_run(results, name, explicit=run_name is not None)
@@ -82,57 +85,43 @@ def train(
 
 
 def fit(config: Config, run: Path, checkpoint_path: Path | None, console: Console) -> int:
-    """Train, and say how it ended; the exit code. Raises what goes wrong before the first step."""
-    from callbacks import Interrupted
-    from checkpoint import read_checkpoint
+    """Train, and say how it ended; the exit code."""
+    from callbacks import Checkpoints, Interrupted
     from pl_utils import DDPM, Data, build_trainer
 
     step = 0
     if checkpoint_path:
-        checkpoint = read_checkpoint(checkpoint_path)
-        step = checkpoint["global_step"]
-        old = check_config(checkpoint["hyper_parameters"], source=str(checkpoint_path))
-        if changed := differences(old, config, ignore=MAY_CHANGE):
-            lines = "\n".join(f"  {line}" for line in changed)
-            raise ValueError(
-                f"this config is not that of {checkpoint_path}:\n{lines}\n"
-                "Continue with the same values (overrides too), or start another run."
-            )
-        for line in differences(old, config):
-            console.print(f"changed: {line}")
+        step = check_continuation(config, checkpoint_path, console)
         if step >= config.training.max_steps:
-            console.print(
-                f"{checkpoint_path} has all {step:,} steps of training.max_steps; "
-                "give a larger one to train on"
-            )
             return 0
-        console.print(f"continuing from {checkpoint_path} (step {step:,})")
-
-    trainer = build_trainer(config, run, console, resumed_step=step)
+    trainer = build_trainer(config, run, console, resumed_from=checkpoint_path, step=step)
     data, ddpm = Data(config), DDPM(config)
     if trainer.is_global_zero:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.yml").write_text(to_yaml(config), encoding="utf-8")
-    summarise(ddpm, trainer, console)
-    checkpoints = trainer.callbacks[-1]
-    command = f"python train.py {run / 'config.yml'} --run-name {run.name} --continue-training"
+    checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
+    goes_on = f"python train.py {run / 'config.yml'} --run-name {run.name} --continue-training"
     try:
         trainer.fit(ddpm, data, ckpt_path=checkpoint_path, weights_only=True)
+    except SystemExit:  # Lightning's way out of a Ctrl-C before the first step
+        raise KeyboardInterrupt from None
     except Interrupted as signal:
         console.print(
             f"{signal}: stopped after step {trainer.global_step:,}, saved {checkpoints.last}\n"
-            f"to go on: {command}"
+            f"to go on: {goes_on}"
         )
         return 128 + signal.signum
     except Exception as error:
-        if trainer.global_step == step and isinstance(error, ValueError | OSError):
-            raise
-        log = run / "error.log"
-        log.write_text(traceback.format_exc(), encoding="utf-8")
         fail(error)
-        console.print(f"the last checkpoint: {checkpoints.last or 'none yet'}; details: {log}")
+        if not isinstance(error, EXPECTED):
+            with suppress(OSError):  # the disk may be what failed
+                (run / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
+                console.print(f"details: {run / 'error.log'}")
+        if not checkpoints.began:
+            return 2
+        console.print(f"the last checkpoint: {checkpoints.last or 'none yet'}")
         if checkpoints.last:
-            console.print(f"to go on: {command}")
+            console.print(f"to go on: {goes_on}")
         return 1
     console.print(
         f"trained {trainer.global_step:,} steps; checkpoint: {run / 'checkpoints' / 'last.ckpt'}\n"
@@ -142,10 +131,35 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, console: Consol
     return 0
 
 
+def check_continuation(config: Config, checkpoint_path: Path, console: Console) -> int:
+    """The step that training goes on from. ValueError where `config` would make another run."""
+    from checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(checkpoint_path)
+    step = checkpoint["global_step"]
+    old = check_config(checkpoint["hyper_parameters"], source=str(checkpoint_path))
+    if changed := differences(old, config, ignore=MAY_CHANGE):
+        lines = "\n".join(f"  {line}" for line in changed)
+        raise ValueError(
+            f"this config is not that of {checkpoint_path}:\n{lines}\n"
+            "Continue with the same values (overrides too), or start another run."
+        )
+    for line in differences(old, config):
+        console.print(f"changed: {line}")
+    if step >= config.training.max_steps:
+        console.print(
+            f"{checkpoint_path} has all {step:,} steps of training.max_steps; "
+            "give a larger one to train on"
+        )
+    else:
+        console.print(f"continuing from {checkpoint_path} (step {step:,})")
+    return step
+
+
 def find_run(
     results: Path, name: str, run_name: str | None, checkpoint: Path | None
-) -> tuple[Path, Path]:
-    """The folder to go on in, and the checkpoint to go on from."""
+) -> tuple[Path, Path | None]:
+    """The folder to go on in, and the checkpoint to go on from; None is from the start."""
     from checkpoint import newest_checkpoint
 
     if checkpoint is None:
@@ -157,6 +171,8 @@ def find_run(
                 f"no run {results / name} to continue"
                 + (f"; there are: {there}" if there else "; leave out --continue-training")
             )
+        if not any(runs[0].glob("checkpoints/*.ckpt")):  # it ended before its first checkpoint
+            return runs[0], None
         return runs[0], newest_checkpoint(runs[0])
     if checkpoint.is_dir():
         checkpoint = newest_checkpoint(checkpoint)
@@ -171,7 +187,7 @@ def find_run(
 
 def new_run(results: Path, name: str, *, explicit: bool) -> Path:
     """A folder that holds no run yet: `name`, or name-2, name-3, ... unless the name was chosen."""
-    if explicit and (results / name / "config.yml").exists():
+    if explicit and is_main_process() and (results / name / "config.yml").exists():
         raise ValueError(
             f"{results / name} holds a run: add --continue-training to go on with it, or choose "
             "another --run-name"
@@ -197,23 +213,6 @@ def check_name(name: str) -> str:
     return name
 
 
-def summarise(ddpm, trainer, console: Console) -> None:
-    config = ddpm.config
-    training, data = config.training, config.dataset
-    parameters = sum(p.numel() for p in ddpm.unet.parameters())
-    share = training.batch_size // trainer.world_size
-    micro = training.micro_batch_size or share
-    console.print(
-        f"model: {parameters:,} parameters, {data.channels}x{data.image_size}x{data.image_size}, "
-        f"T = {config.diffusion.timesteps}\n"
-        f"data: {data.name}, flips {'on' if data.random_flip else 'off'}\n"
-        f"training: {training.max_steps:,} steps of {training.batch_size} pictures = "
-        f"{trainer.world_size} device(s) x {share // micro} micro-batch(es) x {micro}, "
-        f"learning rate {training.learning_rate:g}, EMA {training.ema_decay}, "
-        f"seed {training.seed}"
-    )
-
-
 def quiet_libraries() -> None:
     """Lightning's tips and hardware lines are not about this run."""
     import pytorch_lightning  # noqa: F401  (it sets its level when it is imported)
@@ -223,8 +222,17 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
 
 
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+
+
 def fail(error: BaseException) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    known = isinstance(error, EXPECTED)
+    message = str(error) if known else f"{type(error).__name__}: {error}"
+    rank = (
+        "" if is_main_process() else f" (rank {os.environ.get('RANK', os.environ['LOCAL_RANK'])})"
+    )
+    print(f"error{rank}: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,279 @@
+"""The commands as a person types them, each in its own process."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_dataset import noise_image, write_cifar
+from test_training import Evil
+from typer.testing import CliRunner
+
+import sample
+import train
+
+PROJECT = Path(__file__).parent.parent
+
+
+def start(command: str, cwd: Path, **kwargs) -> subprocess.Popen:
+    script, *arguments = command.removeprefix("python ").split()
+    return subprocess.Popen(
+        [sys.executable, str(PROJECT / script), *arguments],
+        cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+    )  # fmt: skip
+
+
+def run(command: str, cwd: Path, code: int = 0) -> str:
+    process = start(command, cwd)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    assert "Traceback" not in output
+    return output
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the configs and one finished run of the smoke config."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "configs").symlink_to(PROJECT / "configs")
+    output = run("python train.py configs/smoke.yml training.save_every=2", folder)
+    lines = output.strip().splitlines()
+    assert lines[0] == lines[-1] == "run folder: lightning_logs/smoke"
+    assert "step 6 of 6" in output
+    return folder
+
+
+def invoke(command: str, place: Path, monkeypatch, code: int) -> str:
+    """As `run`, in this process: for what ends before anything is trained."""
+    script, *arguments = command.split()
+    monkeypatch.chdir(place)
+    result = CliRunner().invoke({"train.py": train, "sample.py": sample}[script].app, arguments)
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.output
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {p.name: np.array(Image.open(p)).tobytes() for p in folder.glob("0*.png")}
+
+
+# ---- train.py
+
+
+def test_continue_takes_the_newest_and_says_which(place):
+    output = run(
+        "python train.py configs/smoke.yml training.max_steps=8 --continue-training", place
+    )
+    assert "continuing from lightning_logs/smoke/checkpoints/step-00000006.ckpt (step 6)" in output
+    assert "changed: training.max_steps: 6 -> 8" in output
+    output = run(
+        "python train.py configs/smoke.yml training.max_steps=8 --continue-training", place
+    )
+    assert "has all 8 steps" in output
+
+
+def test_a_path_alone_is_never_ignored(place):
+    path = "lightning_logs/smoke/checkpoints/step-00000004.ckpt"
+    output = run(
+        f"python train.py configs/smoke.yml --checkpoint-path {path} --run-name fork", place
+    )
+    assert f"continuing from {path} (step 4)" in output
+    assert (place / "lightning_logs/fork/checkpoints/step-00000006.ckpt").exists()
+    # and it ends where the run that never stopped ended
+    one, other = (
+        torch.load(place / f"lightning_logs/{name}/checkpoints/step-00000006.ckpt")["state_dict"]
+        for name in ("smoke", "fork")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_second_run_gets_its_own_folder(place):
+    output = run("python train.py configs/smoke.yml training.max_steps=1", place)
+    assert "run folder: lightning_logs/smoke-2" in output
+    output = run("python train.py configs/smoke.yml --run-name smoke", place, code=2)
+    assert "holds a run" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("configs/cifar.yml", "did you mean configs/cifar10.yml?"),
+        ("configs/smoke.yml training.batchsize=3", "did you mean batch_size?"),
+        ("configs/smoke.yml dataset.name=folder dataset.root=nowhere", "nowhere (dataset.root)"),
+        ("configs/smoke.yml --checkpoint-path nowhere.ckpt", "no checkpoint at nowhere.ckpt"),
+        ("configs/smoke.yml --checkpoint-path configs/smoke.yml", "not a checkpoint"),
+        ("configs/smoke.yml --continue-training --run-name x", "no run lightning_logs/x"),
+        ("configs/smoke.yml --run-name ../x", "plain name"),
+        ("configs/smoke.yml --continue-training training.seed=1", "training.seed: 0 -> 1"),
+        ("configs/smoke.yml training.devices=3", "8 cannot be shared by 3 devices; try 6 or 9"),
+        ("configs/smoke.yml training.accelerator=gpu", "error: "),
+        ("configs/smoke.yml training.results_folder=/proc/no", "error: "),
+        ("configs/smoke.yml --no-such-option", "--no-such-option"),
+        ("", "CONFIG"),
+    ],
+)
+def test_mistakes_end_in_one_message(place, arguments, says, monkeypatch):
+    if "=gpu" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    output = invoke(f"train.py {arguments}", place, monkeypatch, code=2)
+    assert says in output
+    assert len(output.splitlines()) < 12
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_name_what_goes_on(place, signum, code):
+    name = f"stopped-{code}"
+    command = f"python train.py configs/smoke.yml training.max_steps=100000 --run-name {name}"
+    process = start(command, place)
+    while "step 4 of" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signum)
+    output = process.stdout.read()
+    assert process.wait(60) == code, output
+    assert "Traceback" not in output
+    saved = re.search(r"stopped after step ([\d,]+), saved (\S+)", output)
+    step = int(saved[1].replace(",", ""))
+    assert torch.load(place / saved[2], weights_only=True)["global_step"] == step
+    go_on = re.search(r"to go on: (python .*)", output)[1]
+    output = run(f"{go_on} training.max_steps={step + 2}", place)
+    assert f"(step {step:,})" in output
+
+
+def test_the_papers_cifar10_run_starts(tmp_path):
+    write_cifar(tmp_path / "data")
+    (tmp_path / "configs").symlink_to(PROJECT / "configs")
+    output = run(
+        "python train.py configs/cifar10.yml training.max_steps=2 training.batch_size=4", tmp_path
+    )
+    assert "35,746,307 parameters" in output
+    loss = float(re.search(r"loss ([\d.]+)", output)[1])
+    assert loss == pytest.approx(1.0, abs=0.05)  # the first update has learning rate 0
+    checkpoint = tmp_path / "lightning_logs/cifar10/checkpoints/last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+
+
+def test_a_folder_of_pictures(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in range(12):
+        noise_image(i, (20, 16)).save(folder / f"{i}.jpg")
+    (folder / "broken.png").write_bytes(b"no")
+    (tmp_path / "configs").symlink_to(PROJECT / "configs")
+    output = run(
+        "python train.py configs/smoke.yml dataset.name=folder dataset.root=mine "
+        "dataset.channels=3 dataset.image_size=16 model.attention_resolutions=[8]", tmp_path
+    )  # fmt: skip
+    assert "1 of 13 files" in output
+    assert "broken.png" in output
+    run("python sample.py lightning_logs/smoke --num-images 2", tmp_path)
+    assert Image.open(tmp_path / "samples/000001.png").size == (16, 16)
+
+
+def test_two_devices_are_one_run(tmp_path):
+    (tmp_path / "configs").symlink_to(PROJECT / "configs")
+    common = (
+        "configs/smoke.yml model.dropout=0.0 training.accelerator=cpu training.validate_every=3"
+    )
+    run(f"python train.py {common} --run-name one", tmp_path)
+    output = run(f"python train.py {common} training.devices=2 --run-name two", tmp_path)
+    assert output.count("run folder: lightning_logs/two") == 2
+    run(f"python train.py {common} training.max_steps=2 --run-name both", tmp_path)
+    run(f"python train.py {common} training.max_steps=4 training.devices=2 --run-name both "
+        "--continue-training", tmp_path)  # fmt: skip
+    run(f"python train.py {common} --run-name both --continue-training", tmp_path)
+    one, *others = (
+        torch.load(tmp_path / f"lightning_logs/{name}/checkpoints/last.ckpt", weights_only=True)
+        for name in ("one", "two", "both")
+    )
+    for other in others:
+        assert other["global_step"] == 6
+        for key, value in one["state_dict"].items():
+            torch.testing.assert_close(other["state_dict"][key], value, rtol=1e-4, atol=1e-5)
+
+
+# ---- sample.py
+
+
+def test_sample_fills_what_is_missing(place):
+    output = run("python sample.py lightning_logs/smoke --num-images 8", place)
+    assert "8 pictures written" in output
+    first = pictures(place / "samples")
+    assert sorted(first) == [f"{i:06d}.png" for i in range(8)]
+    assert (place / "samples/grid.png").exists()
+    (place / "samples/000003.png").unlink()
+    whole = (place / "samples/000005.png").read_bytes()
+    (place / "samples/000005.png").write_bytes(whole[: len(whole) // 2])
+    times = {p.name: p.stat().st_mtime_ns for p in (place / "samples").glob("0*.png")}
+    output = run("python sample.py lightning_logs/smoke --num-images 8 --batch-size 3", place)
+    assert "2 pictures written" in output
+    assert "6 were there already" in output
+    assert pictures(place / "samples") == first
+    after = {p.name: p.stat().st_mtime_ns for p in (place / "samples").glob("0*.png")}
+    changed = {name for name in after if after[name] != times.get(name)}
+    assert changed == {"000003.png", "000005.png"}
+    output = run("python sample.py lightning_logs/smoke --timesteps 5", place, code=2)
+    assert "another recipe (timesteps 20 -> 5)" in output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--sampler ddim --eta 0.5 --timesteps 10 --spacing quadratic",
+        "--sampler dpm++ --timesteps 5 --spacing logsnr",
+        "--sampler ddpm --variance small --weights raw --device cpu --image-size 16 --no-grid",
+    ],
+)
+def test_sample_options(place, options, tmp_path):
+    run(f"python sample.py lightning_logs/smoke/checkpoints/last.ckpt --num-images 3 --seed 2 "
+        f"--output-dir {tmp_path} {options}", place)  # fmt: skip
+    assert sorted(pictures(tmp_path)) == ["000002.png", "000003.png", "000004.png"]
+    assert (tmp_path / "grid.png").exists() == ("--no-grid" not in options)
+    size = 16 if "--image-size 16" in options else 8
+    assert Image.open(tmp_path / "000002.png").size == (size, size)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("nowhere.ckpt", "no checkpoint at nowhere.ckpt"),
+        ("configs", "no checkpoint that can be read"),
+        ("configs/smoke.yml", "not a checkpoint"),
+        ("lightning_logs/smoke --timesteps 21", "timesteps 21 is outside 1 ... 20"),
+        ("lightning_logs/smoke --image-size 9", "--image-size 9 is not a multiple of 2"),
+        ("lightning_logs/smoke --eta 0.5", "--eta belongs to --sampler ddim"),
+        ("lightning_logs/smoke --device tpu9", "--device tpu9"),
+        ("lightning_logs/smoke --sampler euler", "--sampler"),
+        ("lightning_logs/smoke --num-images 0", "--num-images"),
+        ("evil.ckpt", "asks to run"),
+    ],
+)
+def test_sample_mistakes_end_in_one_message(place, arguments, says, monkeypatch):
+    torch.save({"state_dict": Evil()}, place / "evil.ckpt")
+    output = invoke(f"sample.py {arguments} --output-dir none", place, monkeypatch, code=2)
+    assert says in " ".join(output.split())
+    assert not (place / "stolen").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_help_is_a_page_with_an_example(script, tmp_path):
+    start_time = time.perf_counter()
+    output = run(f"python {script} --help", tmp_path)
+    assert f"python {script} " in output
+    assert time.perf_counter() - start_time < 20
+    options = re.findall(r"^ +--\S+", output, re.M)
+    assert len(options) >= 4
+
+
+def test_a_mistake_in_a_process_of_its_own(place):
+    output = run("python train.py configs/smoke.yml training.batchsize=3", place, code=2)
+    assert output == (
+        "error: configs/smoke.yml:\n  training.batchsize: no such key; did you mean batch_size?\n"
+    )
+    output = run("python sample.py nowhere.ckpt", place, code=2)
+    assert output == "error: no checkpoint at nowhere.ckpt\n"
