@@ -33,7 +33,7 @@ from dataset import Pictures, StepSampler, load_pictures
 from diffusion_utils import GaussianDiffusion, Step, from_uint8, reverse, to_uint8
 from model import UNet
 
-TRAIN, DROPOUT, VALIDATE = range(3)  # streams of random numbers
+INITIAL, TRAIN, DROPOUT, VALIDATE = range(4)  # streams of random numbers
 
 
 def seed_of(*key: int) -> int:
@@ -52,11 +52,14 @@ class DDPM(pl.LightningModule):
         super().__init__()
         self.config = config
         self.automatic_optimization = False  # one batch is one update, micro-batches included
-        self.unet = UNet(
-            image_size=config.dataset.image_size,
-            channels=config.dataset.channels,
-            **config.model.model_dump(),
-        ).to(memory_format=torch.channels_last)  # what convolutions are fastest in
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(config.training.seed, INITIAL))
+            unet = UNet(
+                image_size=config.dataset.image_size,
+                channels=config.dataset.channels,
+                **config.model.model_dump(),
+            )
+        self.unet = unet.to(memory_format=torch.channels_last)  # convolutions are fastest in it
         self.ema = copy.deepcopy(self.unet).requires_grad_(False).eval()
         self.diffusion = GaussianDiffusion(**config.diffusion.model_dump())
         self.weights = "ema"  # which of the two `forward` uses

@@ -14,7 +14,16 @@ from rich.console import Console
 from checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
 from config import load_config
 from diffusion_utils import from_uint8, make_steps
-from pl_utils import DDPM, TRAIN, Data, SeedNoise, build_trainer, check_division, load_ddpm
+from pl_utils import (
+    DDPM,
+    TRAIN,
+    VALIDATE,
+    Data,
+    SeedNoise,
+    build_trainer,
+    check_division,
+    load_ddpm,
+)
 
 
 def tiny(*overrides):
@@ -25,7 +34,6 @@ def train(folder, *overrides, resume=None, callbacks=(), ddpm=None):
     """One run; the module and the optimizer's state after it."""
     config = tiny(*overrides)
     pl.seed_everything(len(str(folder)), verbose=False)  # what the process did before is no matter
-    torch.manual_seed(7)  # but the initial weights are the same
     ddpm = ddpm or DDPM(config)
     trainer = build_trainer(config, Path(folder), Console(quiet=True))
     trainer.callbacks[:0] = callbacks
@@ -138,6 +146,12 @@ def test_the_step_is_the_papers(tmp_path):
             torch.testing.assert_close(after, before + 0.005 * (weight - before))
     for weight, average in zip(watch.weights[0], watch.ema[0], strict=True):
         assert torch.equal(weight, average)  # it starts from the initial weights
+
+
+def test_initial_weights_are_the_seeds():
+    one, same, other = DDPM(tiny()), DDPM(tiny()), DDPM(tiny("training.seed=1"))
+    assert_same(dict(one.state_dict()), dict(same.state_dict()))
+    assert not torch.equal(one.unet.conv_in.weight, other.unet.conv_in.weight)
 
 
 def test_warm_up():
@@ -280,7 +294,7 @@ def test_validation_is_the_same_every_time(tmp_path):
             self.losses = []
 
         def on_validation_batch_end(self, trainer, module, outputs, batch, *_):
-            t, eps, _ = module.draw(2, 0, len(batch))
+            t, eps, _ = module.draw(VALIDATE, 0, len(batch))
             self.losses.append((t.sum().item(), eps.sum().item()))
 
     note = Note()
