@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,8 +39,14 @@ class Checkpoints(pl.Callback):
     files of later ones are set aside, so that the newest is always the run's own.
     """
 
-    def __init__(self, folder: Path, config: TrainingConfig, resumed_from: Path | None = None):
-        self.folder, self.config = folder, config
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainingConfig,
+        resumed_from: Path | None = None,
+        on_failure: Callable[[BaseException, Path | None], None] | None = None,
+    ):
+        self.folder, self.config, self.on_failure = folder, config, on_failure
         self.last = resumed_from
         self.began = False
         self._received = 0
@@ -102,6 +109,10 @@ class Checkpoints(pl.Callback):
         except OSError:  # a file system without links
             shutil.copyfile(path, link)
         link.replace(self.folder / "last.ckpt")
+
+    def on_exception(self, trainer, module, exception: BaseException) -> None:
+        if self.on_failure:  # now: with another rank gone the way out may never end
+            self.on_failure(exception, self.last)
 
     def teardown(self, trainer, module, stage) -> None:
         while self._handlers:

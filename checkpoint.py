@@ -24,9 +24,12 @@ def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}; those before it are intact") from None
+        # torch hides a full disk behind an error of its own
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or cause
+        raise OSError(f"cannot write {path}: {reason}; checkpoints before it are intact") from None
 
 
 def read_checkpoint(path: str | Path) -> dict:

@@ -7,7 +7,7 @@ config: stopping, resuming, validating and looking at samples leave no trace in 
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -333,12 +333,19 @@ def load_ddpm(path: str | Path, weights: str = "ema") -> DDPM:
 
 
 def build_trainer(
-    config: Config, run: Path, console: Console, *, resumed_from: Path | None = None, step: int = 0
+    config: Config,
+    run: Path,
+    console: Console,
+    *,
+    resumed_from: Path | None = None,
+    step: int = 0,
+    on_failure: Callable | None = None,
 ) -> pl.Trainer:
     """A Trainer that drives `DDPM` on `Data`; logs and checkpoints go into the folder `run`.
 
     Args:
         resumed_from, step: the checkpoint that `fit` will be given, and its step.
+        on_failure: called with an error and the last checkpoint, before anything is torn down.
 
     Raises:
         ValueError: hardware that is not there, or a batch that it cannot share.
@@ -349,7 +356,7 @@ def build_trainer(
     ranks = devices * training.num_nodes
     check_division(training.batch_size, training.micro_batch_size, ranks)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
-    checkpoints = Checkpoints(run / "checkpoints", training, resumed_from)
+    checkpoints = Checkpoints(run / "checkpoints", training, resumed_from, on_failure)
     logger = TensorBoardLogger(
         run.parent,
         name=run.name,

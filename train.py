@@ -94,13 +94,27 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, console: Consol
         step = check_continuation(config, checkpoint_path, console)
         if step >= config.training.max_steps:
             return 0
-    trainer = build_trainer(config, run, console, resumed_from=checkpoint_path, step=step)
+    goes_on = f"python train.py {run / 'config.yml'} --run-name {run.name} --continue-training"
+
+    def report(error: BaseException, last_checkpoint: Path | None) -> None:
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            return
+        fail(error)
+        if not isinstance(error, EXPECTED):
+            with suppress(OSError):  # the disk may be what failed
+                (run / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
+                console.print(f"details: {run / 'error.log'}")
+        if last_checkpoint:
+            console.print(f"the last checkpoint: {last_checkpoint}\nto go on: {goes_on}")
+
+    trainer = build_trainer(
+        config, run, console, resumed_from=checkpoint_path, step=step, on_failure=report
+    )
     data, ddpm = Data(config), DDPM(config)
     if trainer.is_global_zero:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.yml").write_text(to_yaml(config), encoding="utf-8")
     checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
-    goes_on = f"python train.py {run / 'config.yml'} --run-name {run.name} --continue-training"
     try:
         trainer.fit(ddpm, data, ckpt_path=checkpoint_path, weights_only=True)
     except SystemExit:  # Lightning's way out of a Ctrl-C before the first step
@@ -111,18 +125,8 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, console: Consol
             f"to go on: {goes_on}"
         )
         return 128 + signal.signum
-    except Exception as error:
-        fail(error)
-        if not isinstance(error, EXPECTED):
-            with suppress(OSError):  # the disk may be what failed
-                (run / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
-                console.print(f"details: {run / 'error.log'}")
-        if not checkpoints.began:
-            return 2
-        console.print(f"the last checkpoint: {checkpoints.last or 'none yet'}")
-        if checkpoints.last:
-            console.print(f"to go on: {goes_on}")
-        return 1
+    except Exception:  # `report` has said it
+        return 1 if checkpoints.began else 2
     console.print(
         f"trained {trainer.global_step:,} steps; checkpoint: {run / 'checkpoints' / 'last.ckpt'}\n"
         f"to sample: python sample.py {run} --num-images 8\n"
