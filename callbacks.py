@@ -54,6 +54,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer, module) -> None:
         self.began = True
+        self._main = trainer.is_global_zero
         signals = [signal.SIGINT, signal.SIGTERM]
         if "SLURM_JOB_ID" in os.environ:
             signals.append(signal.SIGUSR1)  # sbatch --signal=SIGUSR1@90: the time is nearly up
@@ -74,9 +75,12 @@ class Checkpoints(pl.Callback):
                 leftover.unlink()
 
     def _receive(self, signum: int, _) -> None:
-        if self._received:
-            os._exit(128 + signum)  # the second one: at once
+        if self._received:  # the second one: at once, with the cursor back
+            os.write(2, b"\x1b[?25h" if os.isatty(2) else b"")
+            os._exit(128 + signum)
         self._received = signum
+        if self._main:
+            os.write(2, b"\nsaving after this step; a second signal ends at once\n")
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         signum = self._received
@@ -173,6 +177,9 @@ class Monitor(pl.Callback):
             f"{share // micro} micro-batch(es) x {micro}, learning rate "
             f"{training.learning_rate:g}, EMA {training.ema_decay}, seed {training.seed}"
         )
+        if trainer.is_global_zero:  # a folder with this file holds a run
+            folder = Path(trainer.logger.log_dir)
+            (folder / "config.yml").write_text(to_yaml(self.whole), encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 text = "\n".join(f"    {line}" for line in to_yaml(self.whole).splitlines())

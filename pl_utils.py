@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
-from rich.progress import track as rich_track
+from rich.progress import track
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -87,6 +87,10 @@ class DDPM(pl.LightningModule):
         """Whether the network multiplies in bfloat16; auto: where the hardware does."""
         precision = self.config.training.precision
         return precision == "bf16-mixed" or (precision == "auto" and has_bf16(self.device))
+
+    def on_fit_start(self) -> None:
+        if self.config.training.compile:
+            self.unet.compile()  # in place: no name changes
 
     # ---- training
 
@@ -236,13 +240,6 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-# ---- data
-
-
-def show_decoding(items, total: int):
-    return rich_track(items, description="Decoding pictures", total=total, transient=True)
-
-
 class Data(pl.LightningDataModule):
     """uint8 batches of the global batch, addressed by step."""
 
@@ -252,7 +249,7 @@ class Data(pl.LightningDataModule):
         self.pictures: dict[str, Pictures] = {}
 
     def prepare_data(self) -> None:  # once a node: whatever is fetched or decoded
-        self._load(progress=show_decoding)
+        self._load(progress=partial(track, description="Decoding pictures", transient=True))
 
     def setup(self, stage: str | None = None) -> None:
         self.pictures = self._load()
@@ -291,9 +288,6 @@ class Data(pl.LightningDataModule):
         )
 
 
-# ---- checkpoints
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's door to `checkpoint.py`."""
 
@@ -327,9 +321,6 @@ def load_ddpm(path: str | Path, weights: str = "ema") -> DDPM:
     ddpm.weights = weights
     ddpm.trained_steps = checkpoint["global_step"]
     return ddpm.eval().requires_grad_(False)
-
-
-# ---- the trainer
 
 
 def build_trainer(

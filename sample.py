@@ -1,5 +1,6 @@
 """Make pictures with a trained model."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ HELP = """
 Make pictures with a trained model.
 
 CKPT is a checkpoint or a run's folder; everything not said here is as in its config. The picture of
-seed 7 is 000007.png whatever else is made beside it. A second run makes only what is missing.
+seed 7 is 000007.png whatever else is made beside it. A second run makes only what is missing, and
+pictures of another recipe go into a folder of their own.
 
 Examples:
 
@@ -40,7 +42,10 @@ def sample(
         typer.Option(min=1, help="Sampling steps; fewer than T take a spaced sub-sequence."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
-    output_dir: Annotated[Path, typer.Option(help="Where they go.")] = Path("samples"),
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where they go. Default: samples, or samples-2, ... for another recipe."),
+    ] = None,
     sampler: Annotated[
         Literal["ddpm", "ddim", "dpm++"] | None,
         typer.Option(help="Algorithm 2; DDIM; or DPM-Solver++(2M), good at 20 steps."),
@@ -73,6 +78,7 @@ def sample(
         given = {key: value for key, value in given.items() if value is not None}
         ddpm, steps, recipe = prepare(checkpoint, device, weights, image_size, given)
         seeds = list(range(seed, seed + num_images))
+        output_dir = output_dir or free_folder("samples", seeds, recipe)
         missing = missing_seeds(output_dir, seeds, recipe)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -153,11 +159,25 @@ def picture_file(folder: Path, seed: int) -> Path:
     return folder / f"{seed:06d}.png"
 
 
+def free_folder(name: str, seeds: list[int], recipe: dict) -> Path:
+    """`name`, or name-2, name-3, ...: the first without pictures of another recipe in the way."""
+    for number in itertools.count(2):
+        try:
+            missing_seeds(folder := Path(name), seeds, recipe)
+            return folder
+        except OtherRecipe:
+            name = f"{name.partition('-')[0]}-{number}"
+
+
+class OtherRecipe(ValueError):
+    """A picture in the way was made by another recipe."""
+
+
 def missing_seeds(folder: Path, seeds: list[int], recipe: dict) -> list[int]:
     """Seeds without a good picture of this recipe.
 
     Raises:
-        ValueError: a picture in the way was made by another recipe. Nothing is overwritten.
+        OtherRecipe: nothing is overwritten.
     """
     from PIL import Image
 
@@ -181,7 +201,7 @@ def missing_seeds(folder: Path, seeds: list[int], recipe: dict) -> list[int]:
             if key != "checkpoint" and other.get(key) != value
         ]
         if changed:
-            raise ValueError(
+            raise OtherRecipe(
                 f"{path} was made by another recipe ({', '.join(changed)}); "
                 "choose another --output-dir, or delete it"
             )

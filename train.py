@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from config import MAY_CHANGE, Config, check_config, differences, load_config, to_yaml
+from config import MAY_CHANGE, Config, check_config, differences, load_config
 
 HELP = """
 Train a diffusion model from one YAML file.
@@ -111,9 +111,6 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, console: Consol
         config, run, console, resumed_from=checkpoint_path, step=step, on_failure=report
     )
     data, ddpm = Data(config), DDPM(config)
-    if trainer.is_global_zero:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yml").write_text(to_yaml(config), encoding="utf-8")
     checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
     try:
         trainer.fit(ddpm, data, ckpt_path=checkpoint_path, weights_only=True)
@@ -149,7 +146,8 @@ def check_continuation(config: Config, checkpoint_path: Path, console: Console) 
             "Continue with the same values (overrides too), or start another run."
         )
     for line in differences(old, config):
-        console.print(f"changed: {line}")
+        rounding = line.startswith(("training.precision", "training.compile"))
+        console.print(f"changed: {line}{' (from here on rounding differs)' if rounding else ''}")
     if step >= config.training.max_steps:
         console.print(
             f"{checkpoint_path} has all {step:,} steps of training.max_steps; "

@@ -42,6 +42,7 @@ def place(tmp_path_factory):
     """A folder with the configs and one finished run of the smoke config."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "configs").symlink_to(PROJECT / "configs")
+    torch.save({"state_dict": Evil(), "hyper_parameters": {}}, folder / "evil.ckpt")
     output = run("python train.py configs/smoke.yml training.save_every=2", folder)
     lines = output.strip().splitlines()
     assert lines[0] == lines[-1] == "run folder: lightning_logs/smoke"
@@ -106,6 +107,7 @@ def test_a_second_run_gets_its_own_folder(place):
         ("configs/smoke.yml dataset.name=folder dataset.root=nowhere", "nowhere (dataset.root)"),
         ("configs/smoke.yml --checkpoint-path nowhere.ckpt", "no checkpoint at nowhere.ckpt"),
         ("configs/smoke.yml --checkpoint-path configs/smoke.yml", "not a checkpoint"),
+        ("configs/smoke.yml --checkpoint-path evil.ckpt", "asks to run"),
         ("configs/smoke.yml --continue-training --run-name x", "no run lightning_logs/x"),
         ("configs/smoke.yml --run-name ../x", "plain name"),
         ("configs/smoke.yml --continue-training training.seed=1", "training.seed: 0 -> 1"),
@@ -122,6 +124,7 @@ def test_mistakes_end_in_one_message(place, arguments, says, monkeypatch):
     output = invoke(f"train.py {arguments}", place, monkeypatch, code=2)
     assert says in output
     assert len(output.splitlines()) < 12
+    assert not (place / "stolen").exists()
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -138,6 +141,7 @@ def test_signals_save_and_name_what_goes_on(place, signum, code):
     saved = re.search(r"stopped after step ([\d,]+), saved (\S+)", output)
     step = int(saved[1].replace(",", ""))
     assert torch.load(place / saved[2], weights_only=True)["global_step"] == step
+    assert "a second signal ends at once" in output
     go_on = re.search(r"to go on: (python .*)", output)[1]
     output = run(f"{go_on} training.max_steps={step + 2}", place)
     assert f"(step {step:,})" in output
@@ -198,7 +202,7 @@ def test_two_devices_are_one_run(tmp_path):
 # ---- sample.py
 
 
-def test_sample_fills_what_is_missing(place):
+def test_sample_fills_what_is_missing(place, monkeypatch):
     output = run("python sample.py lightning_logs/smoke --num-images 8", place)
     assert "8 pictures written" in output
     first = pictures(place / "samples")
@@ -215,8 +219,12 @@ def test_sample_fills_what_is_missing(place):
     after = {p.name: p.stat().st_mtime_ns for p in (place / "samples").glob("0*.png")}
     changed = {name for name in after if after[name] != times.get(name)}
     assert changed == {"000003.png", "000005.png"}
-    output = run("python sample.py lightning_logs/smoke --timesteps 5", place, code=2)
+    again = "sample.py lightning_logs/smoke --timesteps 5"
+    assert "8 pictures written to samples-2" in invoke(again, place, monkeypatch, code=0)
+    assert "0 pictures written to samples-2, 8 were" in invoke(again, place, monkeypatch, code=0)
+    output = invoke(f"{again} --output-dir samples", place, monkeypatch, code=2)
     assert "another recipe (timesteps 20 -> 5)" in output
+    assert pictures(place / "samples") == first
 
 
 @pytest.mark.parametrize(
@@ -253,7 +261,6 @@ def test_sample_options(place, options, tmp_path, monkeypatch):
     ],
 )
 def test_sample_mistakes_end_in_one_message(place, arguments, says, monkeypatch):
-    torch.save({"state_dict": Evil()}, place / "evil.ckpt")
     output = invoke(f"sample.py {arguments} --output-dir none", place, monkeypatch, code=2)
     assert says in " ".join(output.split())
     assert not (place / "stolen").exists()
@@ -267,6 +274,24 @@ def test_help_is_a_page_with_an_example(script, tmp_path):
     assert time.perf_counter() - start_time < 20
     options = re.findall(r"^ +--\S+", output, re.M)
     assert len(options) >= 4
+
+
+def test_every_python_line_of_the_readme(place, monkeypatch):
+    """In their order; the long runs are cut to two small steps."""
+    write_cifar(place / "data")
+    for folder, size in (("data/celeba-hq", 256), ("mine", 20)):
+        (place / folder).mkdir(parents=True)
+        for i in range(4):
+            noise_image(i, (size, size)).save(place / folder / f"{i}.png")
+    short = (
+        "model.base_channels=8 training.max_steps=2 training.batch_size=2 training.num_workers=0"
+    )
+    readme = (PROJECT / "README.md").read_text()
+    lines = re.findall(r"^python (.*?)(?:  #.*)?$", readme, re.M)
+    assert len(lines) > 8
+    for line in lines:
+        long = re.search(r"configs/(digits|cifar10|celeba)\.yml", line)
+        invoke(f"{line} {short}" if long else line, place, monkeypatch, code=0)
 
 
 def test_a_mistake_in_a_process_of_its_own(place):

@@ -85,10 +85,12 @@ class Watch(pl.Callback):
         ("training.validate_every=2", "training.preview_every=3", "training.preview_images=2"),
         ("training.num_workers=2", "training.save_every=1"),
         ("training.micro_batch_size=4",),
+        ("training.precision=bf16-mixed",),
+        pytest.param(("training.compile=true",), marks=pytest.mark.slow),
     ],
 )
 def test_stopping_and_resuming_leaves_no_trace(tmp_path, others):
-    same = [o for o in others if "micro" in o]
+    same = [o for o in others if "every" not in o and "workers" not in o]
     straight, adam = train(tmp_path / "a", *same)
     train(tmp_path / "b", "training.max_steps=1", *same)
     for steps in (4, 6):
