@@ -291,7 +291,10 @@ def test_every_python_line_of_the_readme(place, monkeypatch):
     assert len(lines) > 8
     for line in lines:
         long = re.search(r"configs/(digits|cifar10|celeba)\.yml", line)
-        invoke(f"{line} {short}" if long else line, place, monkeypatch, code=0)
+        if "devices=2" in line:  # starts itself again
+            run(f"python {line}", place)
+        else:
+            invoke(f"{line} {short}" if long else line, place, monkeypatch, code=0)
 
 
 def test_a_mistake_in_a_process_of_its_own(place):
