@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pickle
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -298,6 +299,9 @@ def _decode_files(root: Path, cache: Path, progress, *, image_size: int, channel
         cache.mkdir(parents=True, exist_ok=True)
         shape = (len(files), channels, image_size, image_size)
         temporary = array_file.with_suffix(f".{os.getpid()}.tmp")
+        for leftover in cache.glob("*.tmp"):  # of a run that was killed
+            if time.time() - leftover.stat().st_mtime > 24 * 3600:
+                leftover.unlink()
         try:
             array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
 

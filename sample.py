@@ -19,9 +19,10 @@ pictures of another recipe go into a folder of their own.
 
 Examples:
 
+\b
   python sample.py lightning_logs/digits --num-images 8
-
-  python sample.py lightning_logs/cifar10/checkpoints/last.ckpt --sampler dpm++ --timesteps 20
+  python sample.py lightning_logs/digits/checkpoints/last.ckpt \\
+      --sampler dpm++ --timesteps 20 --output-dir quick
 """
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)

@@ -22,12 +22,11 @@ Ctrl-C saves and stops; --continue-training goes on as if nothing had happened.
 
 Examples:
 
+\b
   python train.py configs/digits.yml
-
-  python train.py configs/cifar10.yml training.batch_size=64 model.dropout=0 --run-name small-batch
-
-  python train.py configs/cifar10.yml --run-name small-batch --continue-training
-
+  python train.py configs/cifar10.yml training.batch_size=64 --run-name small
+  python train.py configs/cifar10.yml training.batch_size=64 --run-name small \\
+      --continue-training
   tensorboard --logdir lightning_logs
 """
 
@@ -43,7 +42,7 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that win over the file's."),
+        typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that win over the file's."),
     ] = None,
     run_name: Annotated[
         str | None,
