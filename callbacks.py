@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -51,6 +52,11 @@ class Checkpoints(pl.Callback):
         self.began = False
         self._received = 0
         self._handlers: dict = {}
+        self._lock = None
+
+    def setup(self, trainer, module, stage) -> None:
+        if trainer.is_global_zero:
+            self._lock = lock(self.folder.parent)
 
     def on_train_start(self, trainer, module) -> None:
         self.began = True
@@ -68,7 +74,7 @@ class Checkpoints(pl.Callback):
             here = self._path(trainer.global_step)
             for path in self.folder.glob("step-*.ckpt"):
                 if path.name > here.name:
-                    path.rename(path.with_suffix(".ckpt.aside"))
+                    print(f"set aside: {path.rename(path.with_suffix('.ckpt.aside'))}")
             if here.exists():
                 self._point_last_to(here)
             for leftover in self.folder.glob(".*.tmp"):
@@ -90,13 +96,24 @@ class Checkpoints(pl.Callback):
             signum = int(flag)
         step, every = trainer.global_step, self.config.save_every
         if signum or step == trainer.max_steps or (every and step % every == 0):
-            path = self._path(step)
-            trainer.save_checkpoint(path)
-            self.last = path
-            if trainer.is_global_zero:
-                self._point_last_to(path)
-                for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.config.keep_checkpoints]:
-                    old.unlink()
+            self._save(trainer)
+        self._end_if(signum, trainer)
+
+    def on_validation_batch_end(self, trainer, *_) -> None:
+        if self._received and not self._hosts:  # several ranks wait for the next step
+            self._save(trainer)
+            self._end_if(self._received, trainer)
+
+    def _save(self, trainer) -> None:
+        path = self._path(trainer.global_step)
+        trainer.save_checkpoint(path)
+        self.last = path
+        if trainer.is_global_zero:
+            self._point_last_to(path)
+            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.config.keep_checkpoints]:
+                old.unlink()
+
+    def _end_if(self, signum: int, trainer) -> None:
         if signum == signal.SIGUSR1 and trainer.is_global_zero:
             requeue_slurm_job()
         if signum:
@@ -115,12 +132,45 @@ class Checkpoints(pl.Callback):
         link.replace(self.folder / "last.ckpt")
 
     def on_exception(self, trainer, module, exception: BaseException) -> None:
-        if self.on_failure:  # now: with another rank gone the way out may never end
+        self.teardown()
+        if self.on_failure:
             self.on_failure(exception, self.last)
+        orderly = isinstance(exception, Interrupted | KeyboardInterrupt)
+        if trainer.world_size > 1 and not orderly:
+            # the other ranks may wait in a collective that never ends: leave, and take them along
+            for logger in trainer.loggers:
+                logger.finalize("failed")
+            if trainer.strategy.launcher:
+                trainer.strategy.launcher.kill(signal.SIGKILL)
+            sys.stdout.flush()
+            os._exit(1 if self.began else 2)
 
-    def teardown(self, trainer, module, stage) -> None:
+    def teardown(self, *_, **__) -> None:
+        if self._lock:
+            self._lock.close()
         while self._handlers:
             signal.signal(*self._handlers.popitem())
+
+
+def lock(folder: Path):
+    """Holds a run's folder for this process; the file that does must stay open.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except BlockingIOError:
+        raise ValueError(
+            f"another process is training in {folder}; choose another --run-name"
+        ) from None
+    return file
 
 
 def requeue_slurm_job() -> None:
@@ -179,7 +229,8 @@ class Monitor(pl.Callback):
         )
         if trainer.is_global_zero:  # a folder with this file holds a run
             folder = Path(trainer.logger.log_dir)
-            (folder / "config.yml").write_text(to_yaml(self.whole), encoding="utf-8")
+            (folder / ".config.tmp").write_text(to_yaml(self.whole), encoding="utf-8")
+            (folder / ".config.tmp").replace(folder / "config.yml")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 text = "\n".join(f"    {line}" for line in to_yaml(self.whole).splitlines())
@@ -195,8 +246,9 @@ class Monitor(pl.Callback):
     def _log(self, trainer, module, step: int) -> None:
         tally = trainer.strategy.reduce(module.tally, reduce_op="mean")
         loss, norm, count, skipped = tally.tolist()
-        in_a_row = int(module.skipped_in_a_row)
+        in_a_row = int(module.longest_streak)
         module.tally.zero_()
+        module.longest_streak.zero_()
         now = time.perf_counter()
         rate = (step - self.mark[1]) / (now - self.mark[0])
         self.mark = now, step
@@ -225,7 +277,10 @@ class Monitor(pl.Callback):
                 "training.precision=32-true, from the last checkpoint"
             )
 
-    def teardown(self, trainer, module, stage) -> None:
+    def on_exception(self, *_) -> None:
+        self.teardown()
+
+    def teardown(self, *_, **__) -> None:
         if self.bar:
             self.bar.stop()
             self.bar = None

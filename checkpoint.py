@@ -42,20 +42,24 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    damaged = checkpoint = None
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        if not damaged:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"asks to run {asked[1]}" if asked else "holds more than plain data"
         raise ValueError(f"{path} {what} when loaded, which is refused") from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:
+    except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from None
     if damaged:
         raise ValueError(f"{path} is damaged: {damaged} does not match its checksum")
-    ours = {"hyper_parameters", "state_dict", "global_step"}
-    if not isinstance(checkpoint, dict) or not ours <= set(checkpoint):
+    ours = {"hyper_parameters": dict, "state_dict": dict, "global_step": int}
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(key), kind) for key, kind in ours.items()
+    ):
         raise ValueError(f"{path} is not a checkpoint of this project: it holds no config")
     return checkpoint
 

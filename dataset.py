@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import time
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-OFFICIAL_SPLIT = ("cifar10",)  # those whose validation pictures are their own test set
 
 
 class Pictures(Dataset):
@@ -52,6 +52,12 @@ class Pictures(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of how many there are and of 64 evenly spaced ones."""
+        some = np.linspace(0, len(self) - 1, min(64, len(self))).astype(int)
+        content = self[some].numpy().tobytes() if len(self) else b""
+        return hashlib.sha256(f"{len(self)} {self.shape}".encode() + content).hexdigest()[:16]
 
     def __getitem__(self, indices: list[int]) -> Tensor:
         """The pictures at `indices`, uint8 [len(indices), C, H, W]."""
@@ -127,6 +133,11 @@ def load_pictures(
     """
     fit = dict(image_size=image_size, channels=channels)
     if name == "cifar10":
+        if validation_fraction:
+            raise ValueError(
+                f"dataset.validation_fraction {validation_fraction}: cifar10 holds out its own "
+                "test set; leave it at 0"
+            )
         read = lambda train: Pictures(_fit_array(_read_cifar10(Path(root), train), **fit))
         return {"train": read(True), "validation": read(False)}
     if name == "digits":
@@ -298,12 +309,15 @@ def _decode_files(root: Path, cache: Path, progress, *, image_size: int, channel
     if not skipped_file.exists():
         cache.mkdir(parents=True, exist_ok=True)
         shape = (len(files), channels, image_size, image_size)
-        temporary = array_file.with_suffix(f".{os.getpid()}.tmp")
+        temporary = array_file.with_suffix(f".{uuid.uuid4().hex}.tmp")
         for leftover in cache.glob("*.tmp"):  # of a run that was killed
             if time.time() - leftover.stat().st_mtime > 24 * 3600:
                 leftover.unlink()
         try:
             array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk is said now, not by a dead process
+                with temporary.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
 
             def decode(row: int) -> tuple[str, str] | None:
                 try:

@@ -7,6 +7,7 @@ config: stopping, resuming, validating and looking at samples leave no trace in 
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache, partial
@@ -16,7 +17,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -65,7 +66,8 @@ class DDPM(pl.LightningModule):
         self.weights = "ema"  # which of the two `forward` uses
         # sums since the last log: loss, gradient norm, steps, skipped steps
         self.register_buffer("tally", torch.zeros(4), persistent=False)
-        self.register_buffer("skipped_in_a_row", torch.zeros(()), persistent=False)
+        self.register_buffer("streak", torch.zeros(()), persistent=False)  # of skipped steps
+        self.register_buffer("longest_streak", torch.zeros(()), persistent=False)
 
     def train(self, mode: bool = True):
         """Modes of `unet`; the average never drops out."""
@@ -141,7 +143,8 @@ class DDPM(pl.LightningModule):
 
         limit = config.gradient_clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), limit)
-        skip = (~norm.isfinite()).float()
+        fine = norm.isfinite()
+        skip = (~fine).float()
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         optimizer.optimizer.found_inf = skip  # 1: weights and moments stay, with no host sync
@@ -150,9 +153,10 @@ class DDPM(pl.LightningModule):
         average = get_ema_multi_avg_fn(config.ema_decay)
         average(list(self.ema.parameters()), list(self.unet.parameters()), None)
 
-        self.skipped_in_a_row.add_(1).mul_(skip)
-        news = torch.stack([mean_loss, norm, torch.ones_like(norm), skip])
-        self.tally += torch.where(skip > 0, news.new_tensor([0.0, 0.0, 0.0, 1.0]), news)
+        self.streak.add_(1).mul_(skip)
+        torch.maximum(self.longest_streak, self.streak, out=self.longest_streak)
+        loss, norm = torch.where(fine, mean_loss, 0.0), torch.where(fine, norm, 0.0)
+        self.tally += torch.stack([loss, norm, 1 - skip, skip])
 
     def _train_net(self, x: Tensor, t: Tensor) -> Tensor:
         return self.run(self.unet, x, t)
@@ -168,9 +172,11 @@ class DDPM(pl.LightningModule):
         self._quarters = torch.zeros(2, 4, device=self.device)  # sums and counts by quarter of t
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        index = batch_idx * self.trainer.world_size + self.global_rank
-        t, eps, _ = self.draw(VALIDATE, index, len(batch))
-        micro = self.config.training.micro_batch_size or len(batch)
+        if not len(batch):  # a rank with no share
+            return
+        config, ranks = self.config.training, self.trainer.world_size
+        t, eps, _ = self.draw(VALIDATE, batch_idx * ranks + self.global_rank, len(batch))
+        micro = config.micro_batch_size or config.batch_size // ranks
         parts = zip(from_uint8(batch).split(micro), t.split(micro), eps.split(micro), strict=True)
         losses = torch.cat([self.diffusion.loss(self, *part) for part in parts])
         quarter = t * 4 // self.diffusion.timesteps
@@ -208,8 +214,14 @@ class DDPM(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["hyper_parameters"] = self.config.model_dump(mode="json")
+        checkpoint["data"] = self.trainer.datamodule.fingerprints()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if checkpoint.get("data", data := self.trainer.datamodule.fingerprints()) != data:
+            raise ValueError(
+                "the pictures are not those that this run has trained on (dataset.root): "
+                "going on would mix what is held out into training; start another run"
+            )
         # Lightning saves in the middle of its batch count; ours are steps, so both are one number
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for count in (progress["total"], progress["current"]):
@@ -258,6 +270,9 @@ class Data(pl.LightningDataModule):
         keys = self.config.dataset.model_dump(exclude={"random_flip"})
         return load_pictures(**keys, progress=progress)
 
+    def fingerprints(self) -> dict[str, str]:
+        return {split: pictures.fingerprint() for split, pictures in self.pictures.items()}
+
     def train_dataloader(self) -> DataLoader:
         return self._loader(
             self.pictures["train"],
@@ -276,6 +291,8 @@ class Data(pl.LightningDataModule):
         size = self.config.training.batch_size
         batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
         mine = batches[self.trainer.global_rank :: self.trainer.world_size]
+        if batches and not mine:
+            mine = [[]]  # every rank takes part, and waits for none
         return self._loader(self.pictures["validation"], mine)
 
     def _loader(self, pictures: Pictures, batches) -> DataLoader:
@@ -345,6 +362,7 @@ def build_trainer(
     gpus = torch.cuda.device_count() if training.accelerator in ("auto", "gpu") else 0
     devices = training.devices if training.devices != "auto" else max(1, gpus)
     ranks = devices * training.num_nodes
+    check_launcher(ranks)
     check_division(training.batch_size, training.micro_batch_size, ranks)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
     checkpoints = Checkpoints(run / "checkpoints", training, resumed_from, on_failure)
@@ -353,11 +371,12 @@ def build_trainer(
         name=run.name,
         version="",
         default_hp_metric=False,
-        purge_step=step or None,
+        purge_step=step + 1 if step else None,  # what was logged past the checkpoint
     )
-    logger.NAME_HPARAMS_FILE = "config.yml"  # it is there already
+    logger.save = lambda: None  # it would write an empty hparams.yaml; ours is config.yml
     plugins = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect():  # `Checkpoints` requeues, at a step boundary
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # `Checkpoints` requeues, at a step boundary
         plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
         return pl.Trainer(
@@ -371,7 +390,7 @@ def build_trainer(
             check_val_every_n_epoch=None,
             limit_val_batches=1.0 if training.validate_every else 0,
             num_sanity_val_steps=0,
-            callbacks=[checkpoints, Monitor(config, console), Previews(training)],
+            callbacks=[Monitor(config, console), checkpoints, Previews(training)],
             logger=logger,
             plugins=plugins,
             enable_checkpointing=False,
@@ -382,6 +401,20 @@ def build_trainer(
     except MisconfigurationException as error:
         asked = f"training.accelerator={training.accelerator}, devices={training.devices}"
         raise ValueError(f"{asked}: {error}") from None
+
+
+def check_launcher(ranks: int) -> None:
+    """Raises ValueError where torchrun or srun started another number of processes."""
+    launched = ranks
+    if TorchElasticEnvironment.detect():
+        launched = int(os.environ["WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        launched = int(os.environ.get("SLURM_NTASKS", ranks))
+    if launched != ranks:
+        raise ValueError(
+            f"{launched} processes were started, and the config has training.devices x "
+            f"training.num_nodes = {ranks}; say both on the line"
+        )
 
 
 def check_division(batch_size: int, micro_batch_size: int | None, ranks: int) -> None:

@@ -65,7 +65,7 @@ def sample(
     weights: Annotated[
         Literal["ema", "raw"], typer.Option(help="The average, or the last training weights.")
     ] = "ema",
-    grid: Annotated[bool, typer.Option(help="Write grid.png of all of them, too.")] = True,
+    grid: Annotated[bool, typer.Option(help="Write grid.png of up to 400 of them, too.")] = True,
 ):
     console = Console(highlight=False, soft_wrap=True)
     try:
@@ -98,7 +98,7 @@ def sample(
             + (f", {kept} were there already" if kept else "")
         )
         if grid:
-            write_grid(output_dir, seeds)
+            write_grid(output_dir, seeds[:400])
             console.print(f"all together: {output_dir / 'grid.png'}")
     except KeyboardInterrupt:
         console.print(f"stopped; what is finished is in {output_dir}, the same command goes on")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -65,6 +66,7 @@ def train(
         name = check_name(run_name or config_file.stem)
 
         requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+        requeued = requeued and any(results.glob(f"{name}*/config.yml"))
         if checkpoint_path or continue_training or requeued:
             run, checkpoint_path = find_run(results, name, run_name, checkpoint_path)
         else:
@@ -93,7 +95,10 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, console: Consol
         step = check_continuation(config, checkpoint_path, console)
         if step >= config.training.max_steps:
             return 0
-    goes_on = f"python train.py {run / 'config.yml'} --run-name {run.name} --continue-training"
+    goes_on = (
+        f"python train.py {shlex.quote(str(run / 'config.yml'))} "
+        f"--run-name {shlex.quote(run.name)} --continue-training"
+    )
 
     def report(error: BaseException, last_checkpoint: Path | None) -> None:
         if isinstance(error, Interrupted | KeyboardInterrupt):
@@ -120,7 +125,8 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, console: Consol
             f"{signal}: stopped after step {trainer.global_step:,}, saved {checkpoints.last}\n"
             f"to go on: {goes_on}"
         )
-        return 128 + signal.signum
+        # a launcher would take another rank's code for a crash
+        return 128 + signal.signum if is_main_process() else 0
     except Exception:  # `report` has said it
         return 1 if checkpoints.began else 2
     console.print(
@@ -179,11 +185,11 @@ def find_run(
         checkpoint = newest_checkpoint(checkpoint)
     elif not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
-    if run_name:
-        return results / name, checkpoint
     home = checkpoint.parent.parent
     inside = checkpoint.parent.name == "checkpoints" and (home / "config.yml").is_file()
-    return home if inside else new_run(results, name, explicit=False), checkpoint
+    if inside and (not run_name or home.resolve() == (results / name).resolve()):
+        return home, checkpoint
+    return new_run(results, name, explicit=run_name is not None), checkpoint
 
 
 def new_run(results: Path, name: str, *, explicit: bool) -> Path:
@@ -205,7 +211,8 @@ def is_numbered(folder: str, name: str) -> bool:
 
 
 def last_change(run: Path) -> float:
-    return max((p.stat().st_mtime for p in run.glob("checkpoints/*.ckpt")), default=0.0)
+    marks = [*run.glob("checkpoints/*.ckpt"), *run.glob("config.yml")]
+    return max((p.stat().st_mtime for p in marks), default=0.0)
 
 
 def check_name(name: str) -> str:
@@ -223,17 +230,20 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
 
 
+def rank() -> int:
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # torchrun, Lightning, srun
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
 def is_main_process() -> bool:
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+    return rank() == 0
 
 
 def fail(error: BaseException) -> None:
     known = isinstance(error, EXPECTED)
     message = str(error) if known else f"{type(error).__name__}: {error}"
-    rank = (
-        "" if is_main_process() else f" (rank {os.environ.get('RANK', os.environ['LOCAL_RANK'])})"
-    )
-    print(f"error{rank}: {message}", file=sys.stderr)
+    where = "" if is_main_process() else f" (rank {rank()})"
+    print(f"error{where}: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

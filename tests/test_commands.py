@@ -1,16 +1,20 @@
 """The commands as a person types them, each in its own process."""
 
+import os
+import pty
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_dataset import noise_image, write_cifar
 from test_training import Evil
 from typer.testing import CliRunner
@@ -127,6 +131,26 @@ def test_mistakes_end_in_one_message(place, arguments, says, monkeypatch):
     assert not (place / "stolen").exists()
 
 
+def test_on_a_terminal_there_is_a_bar_and_the_cursor_comes_back(place):
+    master, slave = pty.openpty()
+    command = [sys.executable, PROJECT / "train.py", "configs/smoke.yml", "--run-name", "tty"]
+    process = subprocess.Popen(
+        [*command, "training.max_steps=100000"], cwd=place, stdout=slave, stderr=slave
+    )
+    os.close(slave)
+    seen = b""
+    while b"images/s" not in seen:
+        seen += os.read(master, 1000)
+    process.send_signal(signal.SIGINT)
+    with suppress(OSError):  # the end of a terminal
+        while chunk := os.read(master, 1000):
+            seen += chunk
+    assert process.wait(60) == 130
+    assert "━".encode() in seen
+    assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l")
+    assert b"to go on:" in seen[seen.rindex(b"\x1b[?25h") :]
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_name_what_goes_on(place, signum, code):
     name = f"stopped-{code}"
@@ -177,26 +201,40 @@ def test_a_folder_of_pictures(tmp_path):
     assert Image.open(tmp_path / "samples/000001.png").size == (16, 16)
 
 
+def losses(run: Path) -> dict[int, float]:
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("train/loss")}
+
+
 def test_two_devices_are_one_run(tmp_path):
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
     common = (
-        "configs/smoke.yml model.dropout=0.0 training.accelerator=cpu training.validate_every=3"
+        "configs/smoke.yml model.dropout=0.0 training.accelerator=cpu training.log_every=1 "
+        "training.validate_every=10 training.max_steps=30"
     )
+    two = "training.devices=2 training.micro_batch_size=2"
     run(f"python train.py {common} --run-name one", tmp_path)
-    output = run(f"python train.py {common} training.devices=2 --run-name two", tmp_path)
+    output = run(f"python train.py {common} {two} --run-name two", tmp_path)
     assert output.count("run folder: lightning_logs/two") == 2
-    run(f"python train.py {common} training.max_steps=2 --run-name both", tmp_path)
-    run(f"python train.py {common} training.max_steps=4 training.devices=2 --run-name both "
-        "--continue-training", tmp_path)  # fmt: skip
-    run(f"python train.py {common} --run-name both --continue-training", tmp_path)
+    # and on two, then on one, then on two again
+    run(f"python train.py {common} {two} training.max_steps=10 --run-name both", tmp_path)
+    run(f"python train.py {common} training.max_steps=20 --run-name both --continue-training",
+        tmp_path)  # fmt: skip
+    run(f"python train.py {common} {two} --run-name both --continue-training", tmp_path)
+    names = "one", "two", "both"
     one, *others = (
         torch.load(tmp_path / f"lightning_logs/{name}/checkpoints/last.ckpt", weights_only=True)
-        for name in ("one", "two", "both")
+        for name in names
     )
     for other in others:
-        assert other["global_step"] == 6
+        assert other["global_step"] == 30
         for key, value in one["state_dict"].items():
-            torch.testing.assert_close(other["state_dict"][key], value, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(other["state_dict"][key], value, rtol=1e-4, atol=1e-4)
+    one, *others = (losses(tmp_path / f"lightning_logs/{name}") for name in names)
+    for other in others:
+        assert list(other) == list(range(1, 31))
+        assert list(other.values()) == pytest.approx(list(one.values()), rel=1e-4)
 
 
 # ---- sample.py

@@ -1,5 +1,6 @@
 """Training, resuming and loading, in this process, on a network of a few thousand weights."""
 
+import itertools
 import math
 import os
 import pickle
@@ -11,17 +12,18 @@ import pytorch_lightning as pl
 import torch
 from rich.console import Console
 
+from callbacks import lock
 from checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
 from config import load_config
 from diffusion_utils import from_uint8, make_steps
 from pl_utils import (
     DDPM,
     TRAIN,
-    VALIDATE,
     Data,
     SeedNoise,
     build_trainer,
     check_division,
+    check_launcher,
     load_ddpm,
 )
 
@@ -30,10 +32,13 @@ def tiny(*overrides):
     return load_config("configs/smoke.yml", ["training.accelerator=cpu", *overrides])
 
 
+salt = itertools.count()
+
+
 def train(folder, *overrides, resume=None, callbacks=(), ddpm=None):
     """One run; the module and the optimizer's state after it."""
     config = tiny(*overrides)
-    pl.seed_everything(len(str(folder)), verbose=False)  # what the process did before is no matter
+    torch.manual_seed(next(salt))  # what the process did before is no matter
     ddpm = ddpm or DDPM(config)
     trainer = build_trainer(config, Path(folder), Console(quiet=True))
     trainer.callbacks[:0] = callbacks
@@ -291,19 +296,30 @@ def test_noise_is_a_stream_per_seed():
 
 
 def test_validation_is_the_same_every_time(tmp_path):
-    class Note(pl.Callback):
-        def __init__(self):
-            self.losses = []
+    """The t and noise that the loss is given, on pictures that are never flipped."""
+    seen = []
+    overrides = [
+        "training.validate_every=2", "training.batch_size=100", "training.micro_batch_size=50",
+        "dataset.random_flip=true",
+    ]  # fmt: skip
+    ddpm = DDPM(tiny(*overrides))
+    loss = ddpm.diffusion.loss
 
-        def on_validation_batch_end(self, trainer, module, outputs, batch, *_):
-            t, eps, _ = module.draw(VALIDATE, 0, len(batch))
-            self.losses.append((t.sum().item(), eps.sum().item()))
+    def spy(model, x_0, t, eps):
+        if model is ddpm:  # validation calls the module, training the network
+            seen.append((x_0, t, eps))
+        return loss(model, x_0, t, eps)
 
-    note = Note()
-    overrides = ["training.validate_every=2", "training.batch_size=180", "training.ema_decay=0.0"]
-    train(tmp_path, *overrides, callbacks=[note])
-    assert len(note.losses) == 3
-    assert len(set(note.losses)) == 1
+    ddpm.diffusion.loss = spy
+    train(tmp_path, *overrides, ddpm=ddpm)
+    assert [len(t) for _, t, _ in seen] == [50, 50, 50, 30] * 3
+    for first, second, third in zip(seen[:4], seen[4:8], seen[8:], strict=True):
+        assert_same(list(first), list(second))
+        assert_same(list(first), list(third))
+    data = Data(ddpm.config)
+    data.setup()
+    held_out = from_uint8(data.pictures["validation"][list(range(180))])
+    assert torch.equal(torch.cat([x_0 for x_0, _, _ in seen[:4]]), held_out)
 
 
 def test_curves_are_written(tmp_path):
@@ -393,6 +409,57 @@ def test_a_failed_write_leaves_the_old(tmp_path):
         write_checkpoint({"x": torch.zeros(3).as_subclass(Full)}, path)
     assert torch.load(path, weights_only=True) == {"x": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_damage_anywhere_is_only_ever_a_value_error(tmp_path):
+    path = tmp_path / "x.ckpt"
+    write_checkpoint({"hyper_parameters": {}, "state_dict": {}, "global_step": 1}, path)
+    whole = path.read_bytes()
+    assert read_checkpoint(path)["global_step"] == 1
+    for at in range(0, len(whole), 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            assert "x.ckpt" in str(error)
+    torch.save({"hyper_parameters": 3, "state_dict": 3, "global_step": "x"}, path)
+    with pytest.raises(ValueError, match="holds no config"):
+        read_checkpoint(path)
+
+
+def test_other_pictures_are_not_gone_on_with(tmp_path):
+    train(tmp_path)
+    with pytest.raises(ValueError, match="pictures are not those"):
+        last = newest_checkpoint(tmp_path)
+        train(tmp_path, "training.max_steps=9", "dataset.validation_fraction=0.2", resume=last)
+
+
+def test_a_folder_is_one_runs(tmp_path):
+    held = lock(tmp_path)
+    with pytest.raises(ValueError, match="another process is training in"):
+        train(tmp_path)
+    held.close()
+    train(tmp_path)
+
+
+def test_processes_that_nobody_asked_for(monkeypatch):
+    check_launcher(4)
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    check_launcher(2)
+    with pytest.raises(ValueError, match="2 processes were started"):
+        check_launcher(1)
+
+
+def test_a_going_back_sets_the_later_aside(tmp_path):
+    train(tmp_path, "training.save_every=2")
+    folder = tmp_path / "checkpoints"
+    train(tmp_path, "training.max_steps=3", resume=folder / "step-00000002.ckpt")
+    assert newest_checkpoint(tmp_path).name == "step-00000003.ckpt"
+    assert sorted(p.name for p in folder.glob("*.aside")) == [
+        "step-00000004.ckpt.aside",
+        "step-00000006.ckpt.aside",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"hello" * 100])
