@@ -8,6 +8,7 @@ config: stopping, resuming, validating and looking at samples leave no trace in 
 import copy
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache, partial
@@ -302,7 +303,14 @@ class Data(pl.LightningDataModule):
             sampler=batches,
             num_workers=self.config.training.num_workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_to_the_parent,
         )
+
+
+def leave_signals_to_the_parent(_: int) -> None:
+    """A Ctrl-C goes to every process of a terminal; workers must outlive it to end the step."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -227,6 +227,9 @@ def quiet_libraries() -> None:
 
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # but that another rank has died is
+    launcher = "lightning_fabric.strategies.launchers.subprocess_script"
+    logging.getLogger(launcher).setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
 
 
