@@ -88,7 +88,8 @@ def train(
 def fit(config: Config, run: Path, checkpoint_path: Path | None, console: Console) -> int:
     """Train, and say how it ended; the exit code."""
     from callbacks import Checkpoints, Interrupted
-    from pl_utils import DDPM, Data, build_trainer
+    from pl_utils import DDPM, Data
+    from trainer import build_trainer
 
     step = 0
     if checkpoint_path:
@@ -196,8 +197,8 @@ def new_run(results: Path, name: str, *, explicit: bool) -> Path:
     """A folder that holds no run yet: `name`, or name-2, name-3, ... unless the name was chosen."""
     if explicit and is_main_process() and (results / name / "config.yml").exists():
         raise ValueError(
-            f"{results / name} holds a run: add --continue-training to go on with it, or choose "
-            "another --run-name"
+            f"{results / name} holds a run: choose another --run-name, or go on with it by "
+            "--continue-training without a path"
         )
     run, number = results / name, 1
     while (run / "config.yml").exists():

@@ -16,16 +16,8 @@ from callbacks import lock
 from checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
 from config import load_config
 from diffusion_utils import from_uint8, make_steps
-from pl_utils import (
-    DDPM,
-    TRAIN,
-    Data,
-    SeedNoise,
-    build_trainer,
-    check_division,
-    check_launcher,
-    load_ddpm,
-)
+from pl_utils import DDPM, TRAIN, Data, SeedNoise, load_ddpm
+from trainer import build_trainer, check_division, check_launcher
 
 
 def tiny(*overrides):
