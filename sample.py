@@ -243,8 +243,11 @@ def write_png(path: Path, pixels, recipe: dict | None = None) -> None:
         text.add_text("recipe", json.dumps(recipe))
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze())
     temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG", pnginfo=text)
-    temporary.replace(path)
+    try:
+        image.save(temporary, format="PNG", pnginfo=text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_grid(folder: Path, seeds: list[int]) -> None:
