@@ -75,7 +75,8 @@ def test_the_same_eps(kwargs, tensors):
     for t in (0, 1, 10, 500, 999):
         with torch.inference_mode():
             ours, other = net(x, torch.tensor([t])), theirs(x, t).sample
-        assert (ours - other).abs().max() < 1e-5 * other.std(), t
+        # of the scale of the output; each is some 2e-6 of it from the same network in float64
+        assert (ours - other).abs().max() < 1e-5 * other.abs().max(), t
 
 
 @pytest.mark.parametrize("n", [1000, 50])
