@@ -194,7 +194,7 @@ class Monitor(pl.Callback):
     def on_train_start(self, trainer, module) -> None:
         self._summarise(trainer, module)
         self.total_skipped = 0
-        self.start = self.mark = (time.perf_counter(), trainer.global_step)
+        self.mark = (time.perf_counter(), trainer.global_step)
         if trainer.is_global_zero and self.console.is_terminal:
             self.bar = Progress(
                 BarColumn(),

@@ -220,11 +220,11 @@ def check_config(tree: dict, *, source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        faults = "\n".join(f"  {_explain(fault, tree)}" for fault in error.errors())
+        faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
         raise ValueError(f"{source}:\n{faults}") from None
 
 
-def _explain(fault: dict, tree: dict) -> str:
+def _explain(fault: dict) -> str:
     where = ".".join(str(part) for part in fault["loc"] if part not in ("int", "literal['auto']"))
     if fault["type"] == "extra_forbidden":
         section = fault["loc"][0]

@@ -301,9 +301,10 @@ class Data(pl.LightningDataModule):
 
 
 def leave_signals_to_the_parent(_: int) -> None:
-    """A Ctrl-C goes to every process of a terminal; workers must outlive it to end the step."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+    """A terminal and SLURM signal every process; workers must outlive it to end the step."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def load_ddpm(path: str | Path, weights: str = "ema") -> DDPM:

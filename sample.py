@@ -79,8 +79,10 @@ def sample(
         given = {key: value for key, value in given.items() if value is not None}
         ddpm, steps, recipe = prepare(checkpoint, device, weights, image_size, given)
         seeds = list(range(seed, seed + num_images))
-        output_dir = output_dir or free_folder("samples", seeds, recipe)
-        missing = missing_seeds(output_dir, seeds, recipe)
+        if output_dir:
+            missing = missing_seeds(output_dir, seeds, recipe)
+        else:
+            output_dir, missing = free_folder("samples", seeds, recipe)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
@@ -160,12 +162,11 @@ def picture_file(folder: Path, seed: int) -> Path:
     return folder / f"{seed:06d}.png"
 
 
-def free_folder(name: str, seeds: list[int], recipe: dict) -> Path:
-    """`name`, or name-2, name-3, ...: the first without pictures of another recipe in the way."""
+def free_folder(name: str, seeds: list[int], recipe: dict) -> tuple[Path, list[int]]:
+    """`name`, or name-2, ...: the first with no other recipe in the way, and the seeds it lacks."""
     for number in itertools.count(2):
         try:
-            missing_seeds(folder := Path(name), seeds, recipe)
-            return folder
+            return Path(name), missing_seeds(Path(name), seeds, recipe)
         except OtherRecipe:
             name = f"{name.partition('-')[0]}-{number}"
 

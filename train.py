@@ -66,7 +66,7 @@ def train(
         name = check_name(run_name or config_file.stem)
 
         requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
-        requeued = requeued and any(results.glob(f"{name}*/config.yml"))
+        requeued = requeued and bool(runs_of(results, name, run_name))
         if checkpoint_path or continue_training or requeued:
             run, checkpoint_path = find_run(results, name, run_name, checkpoint_path)
         else:
@@ -171,9 +171,8 @@ def find_run(
     from checkpoint import newest_checkpoint
 
     if checkpoint is None:
-        runs = [p for p in results.glob(f"{name}*") if p.name == name or is_numbered(p.name, name)]
-        runs = [results / name] if run_name else sorted(runs, key=last_change, reverse=True)
-        if not runs or not runs[0].is_dir():
+        runs = runs_of(results, name, run_name)
+        if not runs:
             there = ", ".join(sorted(p.name for p in results.glob("*") if p.is_dir()))
             raise FileNotFoundError(
                 f"no run {results / name} to continue"
@@ -205,6 +204,13 @@ def new_run(results: Path, name: str, *, explicit: bool) -> Path:
         number += 1
         run = results / f"{name}-{number}"
     return run
+
+
+def runs_of(results: Path, name: str, run_name: str | None) -> list[Path]:
+    """The folders that --continue-training can mean, the one last worked on first."""
+    runs = [p for p in results.glob(f"{name}*") if p.name == name or is_numbered(p.name, name)]
+    runs = [results / name] if run_name else sorted(runs, key=last_change, reverse=True)
+    return [run for run in runs if last_change(run)]
 
 
 def is_numbered(folder: str, name: str) -> bool:

@@ -181,10 +181,10 @@ def test_slurm_requeues_and_the_job_goes_on(place):
     environment = {**os.environ, **slurm, "PATH": f"{stub.parent}:{os.environ['PATH']}"}
     arguments = f"{LONG} training.max_steps=400 --run-name job"
     run(f"python train.py {LONG} training.max_steps=400 --run-name calm", place)
-    process = start(f"python train.py {arguments}", place, env=environment)
+    process = start(f"python train.py {arguments}", place, env=environment, start_new_session=True)
     while "step 20 of" not in process.stdout.readline():
         assert process.poll() is None
-    process.send_signal(signal.SIGUSR1)
+    os.killpg(process.pid, signal.SIGUSR1)  # loader workers get it, too
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGUSR1, output
     assert (place / "requeued").read_text() == "requeue 77\n"
