@@ -74,6 +74,9 @@ class TrainingConfig(Section):
     validate_every: int = Field(10_000, ge=0)
     preview_every: int = Field(5000, ge=0)
     preview_images: int = Field(36, ge=1)
+    evaluate_every: int = Field(0, ge=0)
+    evaluate_images: int = Field(1000, ge=2)
+    extractor: str = "inception-v3-compat"
     save_every: int = Field(5000, ge=0)
     keep_checkpoints: int = Field(3, ge=1)
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"

@@ -16,6 +16,7 @@ from rich.console import Console
 from callbacks import Checkpoints, Monitor, Previews
 from checkpoint import read_checkpoint, write_checkpoint
 from config import Config, divisors
+from evaluation import Evaluation
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -62,6 +63,9 @@ def build_trainer(
         purge_step=step + 1 if step else None,  # what was logged past the checkpoint
     )
     logger.save = lambda: None  # it would write an empty hparams.yaml; ours is config.yml
+    callbacks = [Monitor(config, console), checkpoints, Previews(training)]
+    if training.evaluate_every:
+        callbacks.append(Evaluation(config, console))
     plugins = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # `Checkpoints` requeues, at a step boundary
@@ -78,7 +82,7 @@ def build_trainer(
             check_val_every_n_epoch=None,
             limit_val_batches=1.0 if training.validate_every else 0,
             num_sanity_val_steps=0,
-            callbacks=[Monitor(config, console), checkpoints, Previews(training)],
+            callbacks=callbacks,
             logger=logger,
             plugins=plugins,
             enable_checkpointing=False,
