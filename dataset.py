@@ -348,3 +348,54 @@ def _decode_files(root: Path, cache: Path, progress, *, image_size: int, channel
         print(f"{message}\n  They are left out.")
     rows = [row for row, (name, *_) in enumerate(files) if name not in skipped]
     return Pictures(array_file, np.array(rows))
+
+
+class Files:
+    """Pictures of a folder or a zip, in the order of their names; read as they are asked for.
+
+    Args:
+        fit: (channels, size) to bring them to, as those of a dataset are; None takes them as they
+            are, in colour and without alpha, and wants all of one size.
+
+    Raises:
+        FileNotFoundError, ValueError: no folder or zip of pictures.
+    """
+
+    def __init__(self, root: Path, fit: tuple[int, int] | None = None):
+        self.root, self.fit, self.shape = root, fit, None
+        self.files, self._open = _list_files(root)
+        self.shape = tuple(self[[0]].shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, rows: list[int]) -> Tensor:
+        """uint8 [B, C, H, W]. ValueError: one cannot be read, or is of another size."""
+        with ThreadPoolExecutor() as pool:
+            return torch.from_numpy(np.stack(list(pool.map(self._read, rows))))
+
+    def _read(self, row: int) -> np.ndarray:
+        name = self.files[row][0]
+        try:
+            with self._open(name) as stream, Image.open(stream) as image:
+                if self.fit:
+                    channels, size = self.fit
+                    return fit_picture(image, image_size=size, channels=channels)
+                pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        except Exception as error:  # a decoder can raise anything on a broken file
+            raise ValueError(f"{name} in {self.root} cannot be read: {error}") from None
+        if self.shape and pixels.shape != self.shape:
+            raise ValueError(
+                f"{name} in {self.root} is {sides(pixels.shape)} and the first picture is "
+                f"{sides(self.shape)}; they must be of one size"
+            )
+        return pixels
+
+    def fingerprint(self) -> str:
+        recipe = [str(self.root.resolve()), self.files, self.fit]
+        return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+
+
+def sides(shape: tuple[int, int, int]) -> str:
+    """'32x32' of (C, H, W)."""
+    return f"{shape[2]}x{shape[1]}"

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from diffusion_utils import make_steps
 from metrics import (
     KEPT,
     Extractor,
+    Score,
     Statistics,
     Tally,
     compute,
@@ -164,10 +167,8 @@ def reference_statistics(
     path = cache / f"reference-{name}.npz"
     found = None
     if ranks.is_first and path.exists():
-        try:
+        with suppress(ValueError):  # damaged: once more
             found = load_statistics(path)
-        except ValueError:
-            pass  # damaged: once more
     if ranks.first(found is not None):
         return found
     tally = extractor.new_tally(count, pictures.shape, keep=KEPT)
@@ -190,7 +191,7 @@ def measure_likelihood(
     stride: int,
     progress: Callable = iter,
 ):
-    """The `likelihood.Bound` of `count` pictures, on rank 0; number i has the noise of `seed` + i."""
+    """The `likelihood.Bound` of `count` pictures, on rank 0; row i has the noise of `seed` + i."""
     from likelihood import Bound, bits_per_dim
 
     found = []
@@ -209,6 +210,30 @@ def measure_likelihood(
         prior[batch] = bound.prior.cpu()
     ranks.add_up(bits, mse, prior)
     return Bound(t, bits, mse, prior)
+
+
+def likelihood_scores(bound, *, stride: int, timesteps: int) -> dict[str, Score]:
+    """Bits/dim of a `likelihood.Bound`: their sum, and the rate and distortion that it is made of.
+
+    Where t were left out, the terms between are interpolated, and the names say so.
+    """
+    t = bound.t.numpy()
+    every = np.arange(1, min(timesteps - 1, t[-1] + stride - 1) + 1)
+    # what each kept t > 0 stands for: 1 where none is left out
+    share = np.stack([np.interp(every, t[1:], unit) for unit in np.eye(len(t) - 1)]).sum(axis=1)
+    rate = bound.prior + bound.bits[:, 1:] @ torch.from_numpy(share)
+    distortion = bound.bits[:, 0]
+    mark = "" if stride == 1 else f"-estimate (stride {stride})"
+    parts = {
+        "NLL" if not mark else f"nll{mark}": rate + distortion,
+        f"rate{mark}": rate,
+        "distortion": distortion,
+        "prior": bound.prior,
+    }
+    count = len(bound.prior)
+    error_is = f"standard error over {count} pictures"
+    error = lambda bits: (bits.std() / count**0.5).item() if count > 1 else None
+    return {name: Score(bits.mean().item(), error(bits), error_is) for name, bits in parts.items()}
 
 
 class Evaluation(pl.Callback):

@@ -9,6 +9,7 @@ what torch-fidelity's `calculate_metrics` gives on the same pictures in the same
 import hashlib
 import itertools
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,7 @@ class Extractor(nn.Module):
 
     def __init__(self, net: nn.Module, name: str, digest: str):
         super().__init__()
-        self.net, self.name, self.digest = net.eval().requires_grad_(False), name, digest
+        self.net, self.name, self.digest = net.eval(), name, digest
 
     @property
     def is_literature(self) -> bool:
@@ -141,7 +142,9 @@ def _load_torchscript(path: Path, registry) -> Extractor:
         names = ", ".join(n for n in registry.FEATURE_EXTRACTORS_REGISTRY if "dino" not in n)
         raise ValueError(f"extractor {str(path)!r} is no TorchScript file, nor one of: {names}")
     try:
-        net = torch.jit.load(path, map_location="cpu")  # builds no Python objects
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TorchScript is old
+            net = torch.jit.load(path, map_location="cpu")  # builds no Python objects
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} is not a TorchScript file: {reason}") from None

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -226,25 +227,21 @@ def write_pictures(ddpm, steps, seeds, batch_size, folder, recipe, console) -> N
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(seeds))
         for batch in batches:
-            done = bar.tasks[task].completed
-            advance = lambda share, done=done, count=len(batch): bar.update(
-                task, completed=done + count * share
-            )
-            pictures = draw(ddpm, steps, batch, recipe, advance)
+            pictures = draw(ddpm, steps, batch, recipe, partial(bar.advance, task))
             for seed, pixels in zip(batch, pictures, strict=True):
                 write_png(picture_file(folder, seed), pixels, recipe | {"seed": seed})
 
 
 def draw(ddpm, steps, seeds: list[int], recipe: dict, advance):
-    """The pictures of `seeds`, uint8 [B, C, H, W] on the CPU; `advance(share)` hears how far."""
+    """The pictures of `seeds`, uint8 [B, C, H, W] on the CPU; `advance` hears how many's worth."""
     import torch
 
     from diffusion_utils import to_uint8
 
     with torch.inference_mode():
         chain = ddpm.chain(steps, seeds, image_size=recipe["image_size"])
-        for i, (_, x, _) in enumerate(chain, start=1):
-            advance(i / len(steps))
+        for _, x, _ in chain:
+            advance(len(seeds) / len(steps))
         return to_uint8(x).cpu()
 
 

@@ -21,7 +21,8 @@ ALLOWED = {
     "evaluation": {"callbacks", "config", "diffusion_utils", "likelihood", "metrics"},
     "train": {"callbacks", "checkpoint", "config", "pl_utils", "trainer"},
     "sample": {"callbacks", "diffusion_utils", "pl_utils"},
-    "evaluate": {"config", "dataset", "evaluation", "metrics", "pl_utils", "sample", "train"},
+    "protocol": {"config", "dataset", "metrics", "pl_utils", "sample", "train"},
+    "evaluate": {"diffusion_utils", "evaluation", "metrics", "protocol", "sample", "train"},
 }
 
 
