@@ -85,6 +85,7 @@ class Protocol:
                 raise ValueError(f"--{next(iter(given))} is of a model, and {source} is pictures")
             if (asked.num_images or 0) > there:
                 raise ValueError(f"--num-images {asked.num_images}: {source} has {there}")
+            self.recipe["digest"] = self.pictures.fingerprint()
         self.count = asked.num_images or there
         self.rows = spread(self.count, there)  # of pictures that are there
         self.recipe["pictures"] = self.count
@@ -102,7 +103,8 @@ class Protocol:
         if wanted & {"fid", "kid", "pr"}:
             why_not |= self._open_reference()
         if wanted & FEATURES:
-            why_not |= self._load_extractor()
+            keep = bool({"kid", "pr"} & (wanted - why_not.keys()))
+            why_not |= self._load_extractor(self.count if keep else 0)
         self.metrics = tuple(m for m in METRICS if m in wanted and m not in why_not)
         for metric in [m for m in METRICS if m in wanted and m in why_not]:
             if self.asked.metrics:
@@ -136,6 +138,7 @@ class Protocol:
             self.reference = Files(path, fit)
         self.recipe["reference"] = {"name": name}
         if isinstance(self.reference, Statistics):
+            self.recipe["reference"]["digest"] = self.reference.digest()
             if self.reference.features is None:
                 return dict.fromkeys(("kid", "pr"), f"{name} holds no features")
         elif not len(self.reference):
@@ -145,11 +148,12 @@ class Protocol:
                 f"--reference {name} is {sides(self.reference.shape)}, and what is measured is "
                 f"{sides(self.shape)}: bring them to one size"
             )
+        else:
+            self.recipe["reference"]["digest"] = self.reference.fingerprint()
         return {}
 
-    def _load_extractor(self) -> dict[str, str]:
+    def _load_extractor(self, keep: int) -> dict[str, str]:
         self.extractor = load_extractor(self.asked.extractor, self.asked.extractor_weights)
-        keep = self.count if self.reference is not None else 0
         self.tally = self.extractor.new_tally(self.count, self.shape, keep=keep)
         self.recipe["extractor"] = {"name": self.extractor.name, "sha256": self.extractor.digest}
         if self.tally.classes:
