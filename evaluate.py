@@ -330,10 +330,7 @@ class Job:
             self._save_terms()
         self.seconds["metrics"] = round(time.perf_counter() - start, 2)
         facts = {
-            "scores": {
-                k: {x: y for x, y in v._asdict().items() if y not in (None, "")}
-                for k, v in scores.items()
-            },
+            "scores": {name: score.facts() for name, score in scores.items()},
             "recipe": self.recipe,
             "not as in the paper": protocol.departures(),
             "versions": {name: version(name) for name in VERSIONS},

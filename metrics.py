@@ -305,6 +305,10 @@ class Score(NamedTuple):
     error: float | None = None
     error_is: str = ""
 
+    def facts(self) -> dict:
+        """Without what is not known."""
+        return {"value": self.value} if self.error is None else self._asdict()
+
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:
     """FID (Heusel et al. 2017): |mu - mu'|^2 + tr(sigma + sigma' - 2 (sigma sigma')^(1/2)).
