@@ -194,11 +194,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no sections (dataset:, model:, training:, ...)")
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return check_config(tree, source=str(path))
 
 
-def _apply(tree: dict, override: str) -> None:
+def apply_override(tree: dict, override: str) -> None:
+    """`section.key=value` into plain data; ValueError where it is not of that form."""
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name and "." not in name):

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from checkpoint import newest_checkpoint, read_checkpoint
-from config import Config, check_config
+from config import Config
 from dataset import Pictures, StepSampler, load_pictures
 from diffusion_utils import GaussianDiffusion, Step, from_uint8, reverse, to_uint8
 from model import UNet
+from weights import Source, copy_tensors, read_source
 
 INITIAL, TRAIN, DROPOUT, VALIDATE = range(4)  # streams of random numbers
 
@@ -204,6 +204,13 @@ class DDPM(pl.LightningModule):
             pass
         return to_uint8(x)
 
+    # ---- weights from elsewhere
+
+    def take(self, source: Source) -> None:
+        """The tensors of `source`; ValueError where they are not of this network."""
+        copy_tensors(self.unet, source.raw, source.path)
+        copy_tensors(self.ema, source.ema, source.path)
+
     # ---- checkpoints: plain data that explains itself
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -307,26 +314,20 @@ def leave_signals_to_the_parent(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def load_ddpm(path: str | Path, weights: str = "ema") -> DDPM:
-    """The trained model of a checkpoint or a run's folder, on the CPU, ready to call.
+def load_ddpm(source: str | Path, weights: str = "ema") -> DDPM:
+    """A trained model, on the CPU, ready to call.
 
     Args:
+        source: a checkpoint, a run's folder, or any other that `read_source` knows.
         weights: `ema`, the average that the paper samples, or `raw`, the last training weights.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_checkpoint`.
+        FileNotFoundError, ValueError: as `read_source`.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights {weights!r} is not ema or raw")
-    path = Path(path)
-    if path.is_dir():
-        path = newest_checkpoint(path)
-    checkpoint = read_checkpoint(path)
-    ddpm = DDPM(check_config(checkpoint["hyper_parameters"], source=f"the config inside {path}"))
-    try:
-        ddpm.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise ValueError(f"{path}: weights and config disagree: {error}") from None
-    ddpm.weights = weights
-    ddpm.trained_steps = checkpoint["global_step"]
+    found = read_source(source)
+    ddpm = DDPM(found.config)
+    ddpm.take(found)
+    ddpm.weights, ddpm.trained_steps, ddpm.notes = weights, found.step, found.notes
     return ddpm.eval().requires_grad_(False)

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 HELP = """
 Make pictures with a trained model.
 
-CKPT is a checkpoint or a run's folder; everything not said here is as in its config. The picture of
+CKPT is a checkpoint, a run's folder, a safetensors file, a diffusers folder, or official weights;
+everything not said here is as in its config. The picture of
 seed 7 is 000007.png whatever else is made beside it. A second run makes only what is missing, and
 pictures of another recipe go into a folder of their own.
 
@@ -30,9 +31,7 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 @app.command(help=HELP)
 def sample(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run's folder.")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A trained model.")],
     num_images: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     image_size: Annotated[
@@ -88,6 +87,8 @@ def sample(
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    for note in ddpm.notes:
+        console.print(f"assumed: {note}")
     console.print(
         f"{recipe['checkpoint']} (step {recipe['step']:,}, {weights} weights): "
         f"{recipe['sampler']}, {len(steps)} steps, on {ddpm.device}"

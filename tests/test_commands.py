@@ -1,5 +1,6 @@
 """The commands as a person types them, each in its own process."""
 
+import importlib
 import os
 import pty
 import re
@@ -18,9 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_dataset import noise_image, write_cifar
 from test_training import Evil
 from typer.testing import CliRunner
-
-import sample
-import train
 
 PROJECT = Path(__file__).parent.parent
 
@@ -58,7 +56,8 @@ def invoke(command: str, place: Path, monkeypatch, code: int) -> str:
     """As `run`, in this process: for what ends before anything is trained."""
     script, *arguments = command.split()
     monkeypatch.chdir(place)
-    result = CliRunner().invoke({"train.py": train, "sample.py": sample}[script].app, arguments)
+    app = importlib.import_module(script.removesuffix(".py")).app
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == code, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.output

@@ -15,10 +15,13 @@ ALLOWED = {
     "dataset": set(),
     "checkpoint": set(),
     "callbacks": {"config", "diffusion_utils"},
-    "pl_utils": {"checkpoint", "config", "dataset", "diffusion_utils", "model"},
+    "dialects": {"config", "diffusion_utils", "model"},
+    "weights": {"checkpoint", "config", "dialects"},
+    "pl_utils": {"config", "dataset", "diffusion_utils", "model", "weights"},
     "trainer": {"callbacks", "checkpoint", "config"},
-    "train": {"callbacks", "checkpoint", "config", "pl_utils", "trainer"},
+    "train": {"callbacks", "checkpoint", "config", "pl_utils", "trainer", "weights"},
     "sample": {"callbacks", "diffusion_utils", "pl_utils"},
+    "convert": {"checkpoint", "config", "dialects", "pl_utils", "weights"},
 }
 
 
