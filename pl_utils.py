@@ -58,6 +58,7 @@ class DDPM(pl.LightningModule):
         self.ema = copy.deepcopy(self.unet).requires_grad_(False).eval()
         self.diffusion = GaussianDiffusion(**config.diffusion.model_dump())
         self.weights = "ema"  # which of the two `forward` uses
+        self.trained_steps, self.notes = 0, []  # of weights from a file
         # sums since the last log: loss, gradient norm, steps, skipped steps
         self.register_buffer("tally", torch.zeros(4), persistent=False)
         self.register_buffer("streak", torch.zeros(()), persistent=False)  # of skipped steps

@@ -1,6 +1,9 @@
 """A trained model from files of any dialect: this project's, diffusers', the official code's."""
 
 import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -163,19 +166,31 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or not plain arrays: {error}") from None
 
 
+_TENSORFLOW_TO_NPZ = """
+import sys, numpy, tensorflow
+reader = tensorflow.train.load_checkpoint(sys.argv[1])
+names = [name for name in reader.get_variable_to_shape_map() if name.startswith("model/")]
+numpy.savez(sys.argv[2], **{name: reader.get_tensor(name) for name in names})
+"""
+
+
 def _read_tensorflow(path: Path) -> dict[str, Tensor]:
-    """A TensorFlow checkpoint: `model.ckpt-790000` for its .index and .data files."""
+    """A TensorFlow checkpoint: `model.ckpt-790000` for its .index and .data files.
+
+    Read in a process of its own: TensorFlow and PyTorch each bring an LLVM, and they clash.
+    """
     prefix = path.with_suffix("") if path.suffix == ".index" else path
-    try:
-        import tensorflow
-    except ImportError:
-        raise ValueError(f"{prefix} is TensorFlow's: `pip install tensorflow` to read it") from None
-    try:
-        reader = tensorflow.train.load_checkpoint(str(prefix))
-        names = [name for name in reader.get_variable_to_shape_map() if name.startswith("model/")]
-        return {name: torch.from_numpy(np.asarray(reader.get_tensor(name))) for name in names}
-    except Exception as error:
-        raise ValueError(f"{prefix} cannot be read by TensorFlow: {error}") from None
+    with tempfile.TemporaryDirectory() as folder:
+        arrays = Path(folder) / "arrays.npz"
+        command = [sys.executable, "-c", _TENSORFLOW_TO_NPZ, str(prefix), str(arrays)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            if "No module named 'tensorflow'" in done.stderr:
+                mend = "`pip install tensorflow-cpu` to read it"
+                raise ValueError(f"{prefix} is a TensorFlow checkpoint: {mend}")
+            reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+            raise ValueError(f"{prefix} cannot be read by TensorFlow: {reason}")
+        return _read_npz(arrays)
 
 
 def _fetch(source: str) -> Path:
@@ -251,7 +266,7 @@ def _finish(path, tree, ema, raw, step, notes, overrides) -> Source:
         words = path.resolve().as_posix().lower()
         guesses = [name for word, name in _DATASETS.items() if word in words and name in known]
         dataset["name"] = guesses[0] if guesses else "folder"
-        notes = [*notes, f"trained on {dataset['name']}"]
+        notes = [*notes, f"dataset.name={dataset['name']}"]
     tree.setdefault("training", {}).setdefault("max_steps", max(1, step))
     for override in overrides:
         apply_override(tree, override)

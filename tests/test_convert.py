@@ -95,7 +95,6 @@ def export(source: Path, folder: Path, monkeypatch, *options: str) -> str:
 )
 def test_the_published_models(config, yaml, tensors, times, tmp_path, monkeypatch):
     """Theirs -> ours: config and eps; and back: every tensor, bit for bit, under its name."""
-    torch.set_num_threads(2)
     paper = load_config(yaml)
     theirs = their_net(config)
     state = theirs.state_dict()
@@ -113,7 +112,6 @@ def test_the_published_models(config, yaml, tensors, times, tmp_path, monkeypatc
     back = diffusers.DDPMPipeline.from_pretrained(tmp_path / "back").unet.state_dict()
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(("kwargs", "count"), [(CIFAR, 328), (HQ, 450)])
