@@ -116,6 +116,7 @@ def give_out(checkpoint: str, out: Path, format: str, weights: str, license: str
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} exists; choose another name, or delete it")
     ddpm = load_ddpm(checkpoint, weights)
+    ddpm.config = shareable(ddpm.config)
     write = {"diffusers": write_diffusers, "safetensors": write_safetensors, "onnx": write_onnx}
     temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +130,15 @@ def give_out(checkpoint: str, out: Path, format: str, weights: str, license: str
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
     console.print(f"{summary(ddpm)}, {weights} weights\nwritten and read back: {out}")
+
+
+def shareable(config: Config) -> Config:
+    """Without the folders of this machine."""
+    tree = config.model_dump()
+    for section, key in (("dataset", "root"), ("dataset", "cache"), ("training", "results_folder")):
+        if Path(tree[section][key]).is_absolute():
+            tree[section][key] = Config.model_fields[section].annotation.model_fields[key].default
+    return Config.model_validate(tree)
 
 
 def summary(ddpm) -> str:

@@ -15,7 +15,8 @@ from test_model import CIFAR, HQ, wake
 from test_training import Evil
 
 from checkpoint import read_checkpoint, write_checkpoint
-from config import load_config
+from config import differences, load_config
+from convert import shareable
 from dialects import DIFFUSERS, OURS, rename, to_diffusers, tree_of_diffusers
 from model import UNet
 from pl_utils import SeedNoise, load_ddpm
@@ -318,6 +319,13 @@ def test_import_of_export_is_the_same(small, weights, tmp_path, monkeypatch):
     assert "license: unknown" in header and "library_name: diffusers" in header
     assert "after 6 training steps" in card
     assert diffusers.DDIMPipeline.from_pretrained(tmp_path / "folder")
+
+
+def test_the_folders_of_this_machine_are_not_shared():
+    config = load_config("configs/smoke.yml", ["dataset.root=/home/me/private", "dataset.cache=c"])
+    shared = shareable(config)
+    assert (shared.dataset.root, shared.dataset.cache) == ("data", "c")
+    assert not differences(config, shared, ignore={"dataset.root"})
 
 
 def test_onnx_is_the_network(small, tmp_path, monkeypatch):
