@@ -8,7 +8,7 @@ config: stopping, resuming, validating and looking at samples leave no trace in 
 import copy
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -115,8 +115,38 @@ class DDPM(pl.LightningModule):
 
     def training_step(self, batch: Tensor, _: int) -> None:
         """One update from this rank's share of the global batch, uint8 [B / ranks, C, H, W]."""
-        config, step, rank = self.config.training, self.global_step, self.global_rank
-        optimizer = self.optimizers()
+        strategy = self.trainer.strategy
+        self.update(
+            batch,
+            self.optimizers().optimizer,
+            step=self.global_step,
+            rank=self.global_rank,
+            backward=self.manual_backward,
+            alone=strategy.block_backward_sync
+            if isinstance(strategy, DDPStrategy)
+            else nullcontext,
+            update=self.optimizers().step,
+        )
+
+    def update(
+        self,
+        batch: Tensor,
+        optimizer: torch.optim.Optimizer,
+        *,
+        step: int,
+        rank: int = 0,
+        backward: Callable = Tensor.backward,
+        alone: Callable = nullcontext,
+        update: Callable | None = None,
+    ) -> None:
+        """Algorithm 1 on one batch, and all that belongs to a step; nothing waits for the device.
+
+        Args:
+            batch: this rank's share, uint8 [B / ranks, C, H, W].
+            backward: of a loss. alone: a context in which it does not meet the other ranks.
+            update: `optimizer.step`, where a driver has wrapped it.
+        """
+        config = self.config.training
         share = slice(rank * len(batch), (rank + 1) * len(batch))
         t, eps, heads = (draw[share] for draw in self.draw(TRAIN, step, config.batch_size))
         x_0 = from_uint8(batch)
@@ -129,11 +159,11 @@ class DDPM(pl.LightningModule):
             torch.manual_seed(seed_of(config.seed, DROPOUT, step, rank, i))
             rows = slice(i, i + micro)
             last = i + micro >= len(batch)
-            with nullcontext() if last else self._no_sync():
+            with nullcontext() if last else alone():
                 losses = self.diffusion.loss(self._train_net, x_0[rows], t[rows], eps[rows])
                 loss = losses.sum() / len(batch)
                 # a loss that is not finite makes every gradient so, and by that reaches every rank
-                self.manual_backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan).detach())
+                backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan).detach())
             mean_loss += loss.detach()
 
         limit = config.gradient_clip_norm or math.inf
@@ -142,8 +172,8 @@ class DDPM(pl.LightningModule):
         skip = (~fine).float()
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        optimizer.optimizer.found_inf = skip  # 1: weights and moments stay, with no host sync
-        optimizer.step()
+        optimizer.found_inf = skip  # 1: weights and moments stay, with no host sync
+        (update or optimizer.step)()
         optimizer.zero_grad()
         average = get_ema_multi_avg_fn(config.ema_decay)
         average(list(self.ema.parameters()), list(self.unet.parameters()), None)
@@ -155,11 +185,6 @@ class DDPM(pl.LightningModule):
 
     def _train_net(self, x: Tensor, t: Tensor) -> Tensor:
         return self.run(self.unet, x, t)
-
-    def _no_sync(self):
-        strategy = self.trainer.strategy
-        several = isinstance(strategy, DDPStrategy)
-        return strategy.block_backward_sync() if several else nullcontext()
 
     # ---- validation: the same t and noise every time, on the average
 
