@@ -116,6 +116,7 @@ class DDPM(pl.LightningModule):
     def training_step(self, batch: Tensor, _: int) -> None:
         """One update from this rank's share of the global batch, uint8 [B / ranks, C, H, W]."""
         strategy = self.trainer.strategy
+        several = isinstance(strategy, DDPStrategy)
         self.update(
             batch,
             self.optimizers().optimizer,
