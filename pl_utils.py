@@ -123,9 +123,7 @@ class DDPM(pl.LightningModule):
             step=self.global_step,
             rank=self.global_rank,
             backward=self.manual_backward,
-            alone=strategy.block_backward_sync
-            if isinstance(strategy, DDPStrategy)
-            else nullcontext,
+            alone=strategy.block_backward_sync if several else nullcontext,
             update=self.optimizers().step,
         )
 
