@@ -68,7 +68,8 @@ class TrainingConfig(Section):
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     max_skipped_steps: int = Field(20, ge=1)
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
+    activation_checkpointing: bool = False
     num_workers: int = Field(0, ge=0)
     log_every: int = Field(100, ge=1)
     validate_every: int = Field(10_000, ge=0)

@@ -223,12 +223,13 @@ def write_pictures(ddpm, steps, seeds, batch_size, folder, recipe, console) -> N
         BarColumn(),
         TimeRemainingColumn(),
     )
+    net = ddpm.sampling_net(len(batches) * len(steps))
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(seeds))
         for batch in batches:
             done = bar.tasks[task].completed
             with torch.inference_mode():
-                chain = ddpm.chain(steps, batch, image_size=recipe["image_size"])
+                chain = ddpm.chain(steps, batch, image_size=recipe["image_size"], net=net)
                 for i, (_, x, _) in enumerate(chain, start=1):
                     bar.update(task, completed=done + len(batch) * i // len(steps))
             for seed, pixels in zip(batch, to_uint8(x).cpu(), strict=True):

@@ -98,7 +98,8 @@ def train(
 def fit(config: Config, run: Path, checkpoint_path: Path | None, weights, console: Console) -> int:
     """Train, and say how it ended; the exit code."""
     from callbacks import Checkpoints, Interrupted
-    from pl_utils import DDPM, Data
+    from data import Data
+    from pl_utils import DDPM
     from trainer import build_trainer
 
     step = 0
