@@ -17,6 +17,7 @@ def load(tmp_path, name="folder", **changes):
         "root": str(tmp_path / "root"),
         "image_size": 8,
         "channels": 3,
+        "fit": "crop",
         "validation_fraction": 0.0,
         "cache": str(tmp_path / "cache"),
     }
