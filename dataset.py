@@ -10,22 +10,19 @@ import json
 import os
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from sources import Source, find_pictures
-
-T = TypeVar("T")
+from named_sets import find_pictures
+from sources import Source, explain, in_threads
 
 
 class Pictures(Dataset):
@@ -246,17 +243,3 @@ def _decode(source: Source, root: str, cache: Path, progress, *, fit: str, **sha
         print(f"{message}\n  They are left out.")
     rows = [row for row, name in enumerate(source.names) if name not in skipped]
     return Pictures(array_file, np.array(rows))
-
-
-def in_threads(function: Callable[[int], T], count: int) -> Iterator[T]:
-    """function(0), function(1), ... in order, some of them at a time."""
-    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about odd but readable files
-        for start in range(0, count, 4096):
-            yield from pool.map(function, range(start, min(start + 4096, count)))
-
-
-def explain(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture"
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
