@@ -22,6 +22,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+WITH_TEST_SET = ("mnist", "fashion-mnist", "cifar10", "flowers102")
+
+
 class DatasetConfig(Section):
     """Where pictures come from and what they are cut to."""
 
@@ -40,8 +43,7 @@ class DatasetConfig(Section):
 
     @model_validator(mode="after")
     def _test_sets_are_held_out(self):
-        tested = ("mnist", "fashion-mnist", "cifar10", "flowers102")
-        if self.validation_fraction and self.name in tested:
+        if self.validation_fraction and self.name in WITH_TEST_SET:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; {self.name} holds out its own "
                 "test set: leave it at 0"

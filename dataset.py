@@ -8,16 +8,20 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import typer
 from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -173,8 +177,8 @@ def fit_picture(
         image = image.convert("RGBA")
         if channels not in (2, 4):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif image.mode not in ("L", "RGB"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
+    elif channels in (2, 4) and image.mode not in ("1", "L"):
+        image = image.convert("RGB")  # from here there is a way to each of them
     image = image.convert({1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels])
     if image.size != (image_size, image_size):
         resize = ImageOps.pad if fit == "pad" else ImageOps.fit
@@ -243,3 +247,70 @@ def _decode(source: Source, root: str, cache: Path, progress, *, fit: str, **sha
         print(f"{message}\n  They are left out.")
     rows = [row for row, name in enumerate(source.names) if name not in skipped]
     return Pictures(array_file, np.array(rows))
+
+
+HELP = """
+Look at a config's pictures before training: what they are and what becomes of them.
+
+Counts, sizes, kinds, unreadable files, copies, the split and the values; 64 of them as training
+sees them, as a PNG; and what had better change. Whatever is missing is fetched and decoded, as
+training would.
+
+Examples:
+
+\b
+  python dataset.py configs/cifar10.yml
+  python dataset.py configs/folder.yml dataset.root=mine dataset.image_size=32
+"""
+
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(help=HELP)
+def check_pictures(
+    config_file: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cifar10.yml.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that win over the file's."),
+    ] = None,
+    contact_sheet: Annotated[
+        Path | None,
+        typer.Option(help="Where the PNG goes. Default: samples/CONFIG-data.png."),
+    ] = None,
+):
+    import check
+    from config import load_config
+
+    console = Console(highlight=False, soft_wrap=True)
+    bar = partial(track, console=console, transient=True, disable=not console.is_terminal)
+    sheet = contact_sheet or Path("samples", f"{config_file.stem}-data.png")
+    try:
+        config = load_config(config_file, overrides or ())
+        data = config.dataset
+        found = find_pictures(data.name, Path(data.root))
+        headers = check.read_headers(found.values(), progress=partial(bar, description="Headers"))
+        check.print_headers(config, headers, console)
+        parts = load_pictures(
+            **data.model_dump(exclude={"random_flip"}),
+            progress=partial(bar, description="Decoding pictures"),
+        )
+        measure = partial(check.measure, progress=partial(bar, description="Reading pictures"))
+        train, held_out = measure(parts["train"]), measure(parts["validation"]).digests
+        names = getattr(found["train"], "names", None)
+        rows = parts["train"].rows.tolist()
+        names = [names[row] if names else f"picture {row}" for row in rows]
+        check.print_values(config, train, held_out, names, console)
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        check.contact_sheet(parts["train"]).save(sheet)
+        check.print_advice(check.advise(config, headers, train, held_out), sheet, console)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    app()
