@@ -245,8 +245,6 @@ def print_values(
     )
     bars = BARS if (console.encoding or "").lower().startswith("utf") else " .:-=+*#@"
     channels = ["grey", "alpha"] if data.channels < 3 else ["red", "green", "blue", "alpha"]
-        data.channels, ["red", "green", "blue", "alpha"]
-    )
     for i, (name, counts) in enumerate(zip(channels, values.histogram, strict=False)):
         there, levels = np.flatnonzero(counts), np.arange(256)
         mean = (counts * levels).sum() / counts.sum()
