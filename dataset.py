@@ -161,7 +161,8 @@ def fit_picture(
     """One picture as uint8 [C, S, S]: upright, whole range, antialiased, never stretched.
 
     Args:
-        fit: `crop` keeps the largest square about the centre; `pad` keeps all, on black.
+        fit: `crop` keeps the largest square about the centre; `pad` keeps all, on black
+            (with alpha: on nothing).
         channels: 1 grey, 3 colour, 2 and 4 the same with alpha. Without a place for it,
             transparency is laid on white. 16-bit grey becomes 8-bit.
     """
