@@ -11,6 +11,7 @@ import zlib
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import mkdtemp
+from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -74,7 +75,7 @@ def fetch(urls: list[str], path: Path, *, md5: str, mend: str, member: str | Non
             try:
                 _download(url, file)
             except (OSError, HTTPException) as error:
-                reasons.append(f"{url}: {getattr(error, 'reason', error)}")
+                reasons.append(f"{url}: {error.reason if type(error) is URLError else error}")
                 continue
             if not check_integrity(file, md5):
                 reasons.append(f"{url}: what came does not have the digest {md5}")

@@ -52,7 +52,7 @@ def explain(error: Exception) -> str:
 
 def is_picture(name: str) -> bool:
     parts = name.split("/")
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    hidden = any(part.strip(".") and part.startswith((".", "__MACOSX")) for part in parts)
     return name.lower().endswith(EXTENSIONS) and not hidden
 
 
@@ -176,8 +176,8 @@ def open_array(root: Path) -> Source:
             arrays = [array for key in pixels.files if (array := pixels[key]).ndim >= 3]
             pixels = max(arrays, key=lambda array: array.size, default=np.empty(0))
     except Exception as error:  # zip, header, pickle: many kinds
-        reason = "it holds pickled objects, which are never loaded"
-        reason = reason if "pickle" in str(error).lower() else error
+        objects = "pickle" in str(error) or "Python objects" in str(error)
+        reason = "it holds pickled objects, which are never loaded" if objects else error
         raise ValueError(f"{root} (dataset.root) cannot be read as an array: {reason}") from None
     if pixels.ndim == 3:
         pixels = pixels[..., None]
