@@ -51,7 +51,10 @@ def read_headers(parts: Iterable[np.ndarray | Source], *, progress: Callable) ->
 def _look(source: Source, row: int) -> tuple[tuple[int, int], str, bool] | None:
     try:
         with source.open(row) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # orientations on their side
+            if image.format == "PNG" and "exif" not in image.info:  # else it would be decoded
+                turned = False
+            else:
+                turned = image.getexif().get(0x0112, 1) >= 5  # orientations on their side
             size = image.size[::-1] if turned else image.size
             return size, image.mode, image.has_transparency_data
     except Exception:  # the decoding will say it
@@ -167,11 +170,12 @@ def advise(config: Config, headers: Headers, values: Values, held_out: list[byte
     copies = count - len(set(values.digests))
     if copies:
         advice.append(
-            f"{copies:,} training pictures are copies of others: they are learned by heart first"
+            f"{copies:,} of {count:,} training pictures are copies of others: those are learned "
+            "by heart first"
         )
     leaked = len(set(values.digests) & set(held_out))
     if leaked:
-        advice.append(f"{leaked:,} pictures are both trained on and held out: remove the copies")
+        advice.append(f"{leaked:,} held-out pictures are trained on, too: remove the copies")
 
     if data.random_flip and data.name in MIRROR_MATTERS:
         advice.append("a mirrored digit is no digit: dataset.random_flip=false")
@@ -231,7 +235,7 @@ def print_headers(config: Config, headers: Headers, console: Console) -> None:
 def print_values(
     config: Config, values: Values, held_out: list[bytes], names: list[str], console: Console
 ) -> None:
-    """The split, the steps, the values, the copies. names: of the training pictures."""
+    """The split, the steps, the values, the copies. names: trained on, then held out."""
     data, training, count = config.dataset, config.training, len(values.digests)
     how = "its test set" if data.name in WITH_TEST_SET else "the same random ones for every seed"
     kept = f"{len(held_out):,} held out ({how})" if held_out else "none held out"
@@ -256,7 +260,7 @@ def print_values(
             f"mean {mean:.0f}, deviation {deviation:.0f}",
         )
     groups: dict[bytes, list[str]] = {}
-    for digest, name in zip(values.digests, names, strict=True):
+    for digest, name in zip(values.digests + held_out, names, strict=True):
         groups.setdefault(digest, []).append(name)
     for i, same in enumerate([group for group in groups.values() if len(group) > 1][:5]):
         more = f" and {len(same) - 4} more" if len(same) > 4 else ""

@@ -222,7 +222,7 @@ def _decode(source: Source, root: str, cache: Path, progress, *, fit: str, **sha
                 try:
                     with source.open(row) as image:
                         if min(image.size) * 8 < size:
-                            raise ValueError(f"of {image.width}x{image.height} pixels: too small")
+                            raise ValueError(f"too small: {image.width}x{image.height} pixels")
                         array[row] = fit_picture(image, fit=fit, **shape)
                 except Exception as error:  # a decoder can raise anything on a broken file
                     return source.names[row], explain(error)
@@ -242,7 +242,7 @@ def _decode(source: Source, root: str, cache: Path, progress, *, fit: str, **sha
     if skipped:
         shown = "\n".join(f"  {name}: {why}" for name, why in itertools.islice(skipped.items(), 10))
         more = f"\n  and {len(skipped) - 10} more" if len(skipped) > 10 else ""
-        message = f"{len(skipped)} of {count} files in {root} are unreadable:\n{shown}{more}"
+        message = f"{len(skipped)} of {count} files in {root} cannot be used:\n{shown}{more}"
         if len(skipped) > max(10, count // 100) or len(skipped) == count:
             raise ValueError(f"{message}\nMend or remove them.")
         print(f"{message}\n  They are left out.")
@@ -288,6 +288,8 @@ def check_pictures(
     bar = partial(track, console=console, transient=True, disable=not console.is_terminal)
     sheet = contact_sheet or Path("samples", f"{config_file.stem}-data.png")
     try:
+        if sheet.suffix.lower() != ".png":
+            raise ValueError(f"--contact-sheet {sheet} must end in .png")
         config = load_config(config_file, overrides or ())
         data = config.dataset
         found = find_pictures(data.name, Path(data.root))
@@ -299,9 +301,11 @@ def check_pictures(
         )
         measure = partial(check.measure, progress=partial(bar, description="Reading pictures"))
         train, held_out = measure(parts["train"]), measure(parts["validation"]).digests
-        names = getattr(found["train"], "names", None)
-        rows = parts["train"].rows.tolist()
-        names = [names[row] if names else f"picture {row}" for row in rows]
+        names = [
+            name
+            for key, part in parts.items()
+            for name in _names(found.get(key, found["train"]), part.rows.tolist())
+        ]
         check.print_values(config, train, held_out, names, console)
         sheet.parent.mkdir(parents=True, exist_ok=True)
         check.contact_sheet(parts["train"]).save(sheet)
@@ -311,6 +315,13 @@ def check_pictures(
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except Exception as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _names(found: np.ndarray | Source, rows: list[int]) -> list[str]:
+    return [found.names[r] if isinstance(found, Source) else f"picture {r}" for r in rows]
 
 
 if __name__ == "__main__":

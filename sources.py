@@ -42,9 +42,12 @@ def in_threads(function: Callable[[int], T], count: int) -> Iterator[T]:
 
 
 def explain(error: Exception) -> str:
+    """Why a file cannot be used, in a few words."""
     if isinstance(error, UnidentifiedImageError):
         return "not a picture"
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, ValueError) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 # ---- a folder, an archive
