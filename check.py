@@ -1,6 +1,7 @@
 """What a set of pictures is like, what preprocessing makes of it, and what had better change."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -23,29 +24,43 @@ class Headers(NamedTuple):
     """Counts over the files as they are.
 
     sizes: of (width, height), upright. modes: of Pillow's names. transparent: how many are.
+    coloured: whether any of 64 evenly spaced ones has colour.
     """
 
     sizes: Counter
     modes: Counter
     transparent: int
+    coloured: bool
 
 
 def read_headers(parts: Iterable[np.ndarray | Source], *, progress: Callable) -> Headers:
-    """Of all parts together, without decoding; files that cannot be opened are left out."""
-    headers = Headers(Counter(), Counter(), 0)
+    """Of all parts together, hardly decoding; files that cannot be opened are left out."""
+    sizes, modes, transparent, coloured = Counter(), Counter(), 0, False
     for part in parts:
         if isinstance(part, np.ndarray):
             count, height, width, _ = part.shape
-            seen = [((width, height), Image.fromarray(part[0].squeeze()).mode, False)] * count
-        else:
-            count = len(part.names)
-            looks = in_threads(partial(_look, part), count)
-            seen = [header for header in progress(looks, total=count) if header]
-        sizes, modes, transparent = zip(*seen, strict=True) if seen else ((), (), ())
-        headers.sizes.update(sizes)
-        headers.modes.update(modes)
-        headers = headers._replace(transparent=headers.transparent + sum(transparent))
-    return headers
+            sizes[width, height] += count
+            modes[Image.fromarray(part[0].squeeze()).mode] += count
+            coloured |= bool((part[:64] != part[:64, ..., :1]).any())
+            continue
+        count = len(part.names)
+        for header in progress(in_threads(partial(_look, part), count), total=count):
+            if header:
+                sizes[header[0]] += 1
+                modes[header[1]] += 1
+                transparent += header[2]
+        some = np.linspace(0, count - 1, min(64, count)).astype(int).tolist()
+        coloured = coloured or any(_coloured(part, row) for row in some)
+    return Headers(sizes, modes, transparent, coloured)
+
+
+def _coloured(source: Source, row: int) -> bool:
+    try:
+        with source.open(row) as image:
+            pixels = np.asarray(image.convert("RGB"))
+            return bool((pixels != pixels[..., :1]).any())
+    except Exception:  # the decoding will say it
+        return False
 
 
 def _look(source: Source, row: int) -> tuple[tuple[int, int], str, bool] | None:
@@ -130,12 +145,8 @@ def advise(config: Config, headers: Headers, values: Values, held_out: list[byte
         advice.append(f"all pictures are grey: dataset.channels={channels - 2} has less to learn")
     if channels in (2, 4) and values.opaque:
         advice.append(f"nothing is transparent: dataset.channels={channels - 1}")
-    in_colour = sum(n for mode, n in headers.modes.items() if mode not in ("1", "L", "LA", "I;16"))
-    if channels <= 2 and in_colour:
-        advice.append(
-            f"{in_colour:,} of {total:,} pictures are stored in colour: "
-            f"dataset.channels={channels + 2} keeps it"
-        )
+    if channels <= 2 and headers.coloured:
+        advice.append(f"there are coloured pictures: dataset.channels={channels + 2} keeps colour")
     if channels in (1, 3) and headers.transparent:
         advice.append(
             f"{headers.transparent:,} of {total:,} pictures are partly transparent and are laid on "
@@ -226,10 +237,16 @@ def print_headers(config: Config, headers: Headers, console: Console) -> None:
         ("sizes", headers.sizes, lambda s: describe_fit(s, data.image_size, data.fit)),
         ("kinds", headers.modes, str),
     ):
-        for i, (kind, count) in enumerate(counts.most_common(6)):
+        common = counts.most_common(5)
+        for i, (kind, count) in enumerate(common):
             _print(console, label * (i == 0), f"{count:>9,}  {describe(kind)}")
-        if rest := counts.total() - sum(n for _, n in counts.most_common(6)):
-            _print(console, "", f"{rest:>9,}  of {len(counts) - 6:,} others")
+        if others := counts.keys() - dict(common).keys():
+            rest = sum(counts[kind] for kind in others)
+            line = f"{rest:>9,}  of {len(others):,} others"
+            if label == "sizes":
+                by_area = sorted(others, key=math.prod)
+                line += " from {}x{} to {}x{}".format(*by_area[0], *by_area[-1])
+            _print(console, "", line)
 
 
 def print_values(

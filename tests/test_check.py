@@ -1,6 +1,7 @@
 """`python dataset.py CONFIG`: what it finds, and what it advises."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,19 @@ from test_dataset import noise_image
 from typer.testing import CliRunner
 
 import dataset
-from check import Headers, Values, advise, contact_sheet, describe_fit, draw_histogram, measure
+from check import (
+    Headers,
+    Values,
+    advise,
+    contact_sheet,
+    describe_fit,
+    draw_histogram,
+    measure,
+    read_headers,
+)
 from config import load_config
 from dataset import Pictures
+from sources import open_files
 
 
 def run(arguments, code=0):
@@ -64,6 +75,23 @@ def test_a_folder_with_every_kind_of_bad_file(folder):
         assert line in output, output
     with Image.open("deep/s.png") as sheet:
         assert sheet.size == (8 * 66 + 2, 2 * 66 + 2)
+
+
+def test_headers(tmp_path):
+    """Of grey pictures stored as colour, one with transparency, in many sizes."""
+    for i in range(9):
+        noise_image(i, (20 + i, 20), "L").convert("RGB").save(tmp_path / f"{i}.png")
+    clear = Image.new("RGBA", (5, 6), "grey")
+    clear.save(tmp_path / "clear.png")
+    read = partial(read_headers, progress=lambda x, total: x)
+    headers = read([open_files(tmp_path)])
+    assert headers.sizes == Counter({(20 + i, 20): 1 for i in range(9)} | {(5, 6): 1})
+    assert headers.modes == Counter(RGB=9, RGBA=1)
+    assert (headers.transparent, headers.coloured) == (1, False)
+    noise_image(0).save(tmp_path / "colour.png")
+    assert read([open_files(tmp_path)]).coloured
+    pixels = np.zeros((7, 4, 5, 3), np.uint8)
+    assert read([pixels, pixels]) == (Counter({(5, 4): 14}), Counter(RGB=14), 0, False)
 
 
 def test_a_check_and_training_see_the_same_pictures(folder):
@@ -132,8 +160,8 @@ def test_measuring():
     assert (values.grey, values.opaque) == (True, False)
 
 
-FINE = Headers(Counter({(64, 64): 9000}), Counter(RGB=9000), 0)
-GREY = FINE._replace(modes=Counter(L=9000))
+FINE = Headers(Counter({(64, 64): 9000}), Counter(RGB=9000), 0, coloured=True)
+GREY = FINE._replace(coloured=False)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +170,7 @@ GREY = FINE._replace(modes=Counter(L=9000))
         ([], FINE, dict(), None),
         ([], GREY, dict(grey=True), "all pictures are grey: dataset.channels=1"),
         (["dataset.channels=4"], FINE, dict(), "nothing is transparent: dataset.channels=3"),
-        (["dataset.channels=1"], FINE, dict(), "stored in colour: dataset.channels=3"),
+        (["dataset.channels=1"], FINE, dict(), "coloured pictures: dataset.channels=3"),
         (["dataset.channels=1"], GREY, dict(), None),
         ([], FINE._replace(transparent=5), dict(), "dataset.channels=4 keeps it"),
         (["dataset.image_size=128"], FINE._replace(sizes=Counter({(70, 80): 9})), dict(),
