@@ -178,13 +178,14 @@ def advise(config: Config, headers: Headers, values: Values, held_out: list[byte
         )
     if values.plain:
         advice.append(f"{values.plain:,} pictures are of a single colour: look at them")
-    copies = count - len(set(values.digests))
+    trained_on = set(values.digests)
+    copies = count - len(trained_on)
     if copies:
         advice.append(
             f"{copies:,} of {count:,} training pictures are copies of others: those are learned "
             "by heart first"
         )
-    leaked = len(set(values.digests) & set(held_out))
+    leaked = sum(digest in trained_on for digest in held_out)
     if leaked:
         advice.append(f"{leaked:,} held-out pictures are trained on, too: remove the copies")
 

@@ -180,7 +180,7 @@ GREY = FINE._replace(coloured=False)
         ([], FINE, dict(levels=16), "all values lie in 0 ... 15"),
         ([], FINE, dict(plain=2), "2 pictures are of a single colour"),
         ([], FINE, dict(digests=[b"a"] * 9000), "8,999 of 9,000 training pictures are copies"),
-        ([], FINE, dict(held_out=[b"3"]), "1 held-out pictures are trained on, too"),
+        ([], FINE, dict(held_out=[b"3", b"3", b"x"]), "2 held-out pictures are trained on, too"),
         ([], FINE, dict(held_out=[]), "dataset.validation_fraction=0.05"),
         (["dataset.random_flip=false"], FINE, dict(count=99), "dataset.random_flip=true doubles"),
         (["model.dropout=0"], FINE, dict(count=99), "model.dropout=0.1"),
