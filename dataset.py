@@ -123,16 +123,16 @@ def load_pictures(
 ) -> dict[str, Pictures]:
     """The training and the held-out pictures: {"train": ..., "validation": ...}.
 
-    `validation` may be empty. CIFAR-10 holds out its test set; elsewhere a fixed random
-    `validation_fraction` is held out, the same for every seed.
+    `validation` may be empty. A set with an official test set holds that out; of others a fixed
+    random `validation_fraction`, the same for every seed.
 
     Args:
-        root: of the files; `digits` needs none.
+        name, root: as of `find_pictures`. image_size, channels, fit: as of `fit_picture`.
         cache: a folder for decoded files.
         progress: wraps an iterable and knows `total=`, to show what a long decoding does.
 
     Raises:
-        FileNotFoundError: nothing at `root`. ValueError: too many unreadable files.
+        FileNotFoundError: nothing at `root`. ValueError: too many files that cannot be used.
     """
     shape = dict(image_size=image_size, channels=channels, fit=fit)
     parts = {
