@@ -22,16 +22,33 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+WITH_TEST_SET = ("mnist", "fashion-mnist", "cifar10", "flowers102")
+
+
 class DatasetConfig(Section):
     """Where pictures come from and what they are cut to."""
 
-    name: Literal["digits", "cifar10", "celebahq", "folder"]
+    name: Literal[
+        "digits", "mnist", "fashion-mnist", "cifar10", "flowers102", "celebahq",
+        "lsun-church", "lsun-bedroom", "lsun-cat",
+        "folder", "zip", "tar", "npy", "npz", "huggingface",
+    ]  # fmt: skip
     root: str = "data"
     image_size: int = Field(ge=4)
     channels: int = Field(3, ge=1, le=4)
+    fit: Literal["crop", "pad"] = "crop"
     random_flip: bool = True
     validation_fraction: float = Field(0.0, ge=0, lt=1)
     cache: str = "data/cache"
+
+    @model_validator(mode="after")
+    def _test_sets_are_held_out(self):
+        if self.validation_fraction and self.name in WITH_TEST_SET:
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}; {self.name} holds out its own "
+                "test set: leave it at 0"
+            )
+        return self
 
 
 class ModelConfig(Section):
