@@ -39,29 +39,50 @@ def read_checkpoint(path: str | Path) -> dict:
         FileNotFoundError: nothing there. ValueError: damaged, not one of ours, or a file that
             asks to run code, which is never done.
     """
+    checkpoint = read_plain(path)
+    if not is_checkpoint(checkpoint):
+        raise ValueError(f"{path} is not a checkpoint of this project: it holds no config")
+    return checkpoint
+
+
+def is_checkpoint(data) -> bool:
+    """Whether plain data is a checkpoint of ours."""
+    ours = {"hyper_parameters": dict, "state_dict": dict, "global_step": int}
+    return isinstance(data, dict) and all(isinstance(data.get(k), kind) for k, kind in ours.items())
+
+
+def read_plain(path: str | Path):
+    """What torch saved, if it is plain data. Errors as of `read_checkpoint`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    damaged = checkpoint = None
+    damaged = data = None
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        if zipfile.is_zipfile(path):  # else torch's format before 1.6, which has no checksums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
         if not damaged:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if not asked and not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is damaged or not a checkpoint") from None
         what = f"asks to run {asked[1]}" if asked else "holds more than plain data"
         raise ValueError(f"{path} {what} when loaded, which is refused") from None
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from None
     if damaged:
         raise ValueError(f"{path} is damaged: {damaged} does not match its checksum")
-    ours = {"hyper_parameters": dict, "state_dict": dict, "global_step": int}
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(checkpoint.get(key), kind) for key, kind in ours.items()
-    ):
-        raise ValueError(f"{path} is not a checkpoint of this project: it holds no config")
-    return checkpoint
+    return data
+
+
+def can_continue(path: Path) -> bool:
+    """Whether training can go on from it: a checkpoint of ours with the optimizer inside."""
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whoever reads it in earnest says what is wrong
+        return False
+    return is_checkpoint(data) and "optimizer_states" in data
 
 
 def newest_checkpoint(run: Path) -> Path:

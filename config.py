@@ -22,16 +22,33 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+WITH_TEST_SET = ("mnist", "fashion-mnist", "cifar10", "flowers102")
+
+
 class DatasetConfig(Section):
     """Where pictures come from and what they are cut to."""
 
-    name: Literal["digits", "cifar10", "celebahq", "folder"]
+    name: Literal[
+        "digits", "mnist", "fashion-mnist", "cifar10", "flowers102", "celebahq",
+        "lsun-church", "lsun-bedroom", "lsun-cat",
+        "folder", "zip", "tar", "npy", "npz", "huggingface",
+    ]  # fmt: skip
     root: str = "data"
     image_size: int = Field(ge=4)
     channels: int = Field(3, ge=1, le=4)
+    fit: Literal["crop", "pad"] = "crop"
     random_flip: bool = True
     validation_fraction: float = Field(0.0, ge=0, lt=1)
     cache: str = "data/cache"
+
+    @model_validator(mode="after")
+    def _test_sets_are_held_out(self):
+        if self.validation_fraction and self.name in WITH_TEST_SET:
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}; {self.name} holds out its own "
+                "test set: leave it at 0"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -68,7 +85,8 @@ class TrainingConfig(Section):
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     max_skipped_steps: int = Field(20, ge=1)
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
+    activation_checkpointing: bool = False
     num_workers: int = Field(0, ge=0)
     log_every: int = Field(100, ge=1)
     validate_every: int = Field(10_000, ge=0)
@@ -197,11 +215,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no sections (dataset:, model:, training:, ...)")
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return check_config(tree, source=str(path))
 
 
-def _apply(tree: dict, override: str) -> None:
+def apply_override(tree: dict, override: str) -> None:
+    """`section.key=value` into plain data; ValueError where it is not of that form."""
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name and "." not in name):

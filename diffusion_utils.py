@@ -237,7 +237,7 @@ def reverse(
     """Walk a step table from x_T to the data (Algorithm 2 for `ddpm` over all T).
 
     Args:
-        eps_model: (x_t [B, C, H, W], t [B]) -> eps_hat [B, C, H, W].
+        eps_model: (x_t [B, C, H, W], t: int) -> eps_hat [B, C, H, W].
         x_T: [B, C, H, W], standard normal.
         noise: step -> z [B, C, H, W]; asked once for each step whose sigma is not 0, in order.
         clip: x0_hat to [-1, 1] before it is used, as the official code does.
@@ -247,8 +247,7 @@ def reverse(
     """
     x, previous = x_T, None
     for step in steps:
-        t = torch.full((len(x),), step.t, device=x.device)
-        x0_hat = diffusion.predict_x_0(x, step.t, eps_model(x, t))
+        x0_hat = diffusion.predict_x_0(x, step.t, eps_model(x, step.t))
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
         x = step.c_t * x + step.c_0 * x0_hat

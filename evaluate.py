@@ -219,6 +219,8 @@ class Job:
                     real, protocol.extractor, ranks, cache, **options
                 )
         if protocol.ddpm:
+            batches = -(-len(self.missing) // (ranks.count * batch_size))
+            self.net = protocol.ddpm.sampling_net(batches * len(protocol.steps))
             self._forecast(ranks)
         if protocol.tally:
             # what has to be made first, then what is there
@@ -244,16 +246,14 @@ class Job:
         protocol = self.protocol
         if not protocol.ddpm:
             return protocol.pictures[[protocol.rows[row] for row in rows]]
-        model = protocol.ddpm, protocol.steps
         seeds = [self.seeds[row] for row in rows]
+        recipe, advance = protocol.of_picture, self._advance
+        sample = lambda seeds: draw(protocol.ddpm, protocol.steps, seeds, recipe, self.net, advance)
         if not self.asked.save_images:
-            return draw(*model, seeds, protocol.of_picture, self._advance)
+            return sample(seeds)
         if new := [seed for seed in seeds if seed in self.missing]:
-            for seed, pixels in zip(
-                new, draw(*model, new, protocol.of_picture, self._advance), strict=True
-            ):
-                recipe = protocol.of_picture | {"seed": seed}
-                write_png(picture_file(self.images, seed), pixels, recipe)
+            for seed, pixels in zip(new, sample(new), strict=True):
+                write_png(picture_file(self.images, seed), pixels, recipe | {"seed": seed})
         return read_pictures(self.images, seeds)
 
     def _forecast(self, ranks) -> None:
@@ -261,7 +261,7 @@ class Job:
         from diffusion_utils import to_uint8
 
         protocol, batch = self.protocol, min(self.asked.batch_size, self.protocol.count)
-        chain = protocol.ddpm.chain([protocol.steps[0]] * 3, self.seeds[:batch])
+        chain = protocol.ddpm.chain([protocol.steps[0]] * 3, self.seeds[:batch], net=self.net)
         next(chain)[1].cpu()  # the first call is slow
         start = time.perf_counter()
         for _, x, _ in chain:

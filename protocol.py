@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from config import Config, did_you_mean, load_config
+from data import Data
 from dataset import Files, Pictures, sides
 from metrics import Statistics, load_extractor, load_statistics
-from pl_utils import Data
 from sample import prepare
 from train import is_main_process
 
@@ -75,6 +75,8 @@ class Protocol:
                 source, "cpu", asked.weights, None, given
             )
             self.config = self.ddpm.config
+            for note in self.ddpm.notes:
+                self.say(f"assumed: {note}")
             self.recipe |= {k: v for k, v in self.of_picture.items() if k != "checkpoint"}
         if self.pictures is None:
             size = self.config.dataset.image_size
@@ -216,10 +218,10 @@ def parse_metrics(text: str | None) -> set[str]:
 
 
 def holds_pictures(path: Path) -> bool:
-    """Whether a path is a folder or zip of pictures, and not a run's or a model's."""
+    """Whether a path is a folder, zip or tar of pictures, and not a run's or a model's."""
     if not path.is_dir():
-        return path.suffix == ".zip"
-    marks = "checkpoints", "config.yml", "config.json", "model_index.json"
+        return path.suffix in (".zip", ".tar")
+    marks = "checkpoints", "config.yml", "config.json", "model_index.json", "unet"
     return not any((path / mark).exists() for mark in marks)
 
 

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 HELP = """
 Make pictures with a trained model.
 
-CKPT is a checkpoint or a run's folder; everything not said here is as in its config. The picture of
+CKPT is a checkpoint, a run's folder, a safetensors file, a diffusers folder, or official weights;
+everything not said here is as in its config. The picture of
 seed 7 is 000007.png whatever else is made beside it. A second run makes only what is missing, and
 pictures of another recipe go into a folder of their own.
 
@@ -31,9 +32,7 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 @app.command(help=HELP)
 def sample(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run's folder.")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A trained model.")],
     num_images: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     image_size: Annotated[
@@ -89,6 +88,8 @@ def sample(
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    for note in ddpm.notes:
+        console.print(f"assumed: {note}")
     console.print(
         f"{recipe['checkpoint']} (step {recipe['step']:,}, {weights} weights): "
         f"{recipe['sampler']}, {len(steps)} steps, on {ddpm.device}"
@@ -224,22 +225,23 @@ def write_pictures(ddpm, steps, seeds, batch_size, folder, recipe, console) -> N
         BarColumn(),
         TimeRemainingColumn(),
     )
+    net = ddpm.sampling_net(len(batches) * len(steps))
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(seeds))
         for batch in batches:
-            pictures = draw(ddpm, steps, batch, recipe, partial(bar.advance, task))
+            pictures = draw(ddpm, steps, batch, recipe, net, partial(bar.advance, task))
             for seed, pixels in zip(batch, pictures, strict=True):
                 write_png(picture_file(folder, seed), pixels, recipe | {"seed": seed})
 
 
-def draw(ddpm, steps, seeds: list[int], recipe: dict, advance):
+def draw(ddpm, steps, seeds: list[int], recipe: dict, net, advance):
     """The pictures of `seeds`, uint8 [B, C, H, W] on the CPU; `advance` hears how many's worth."""
     import torch
 
     from diffusion_utils import to_uint8
 
     with torch.inference_mode():
-        chain = ddpm.chain(steps, seeds, image_size=recipe["image_size"])
+        chain = ddpm.chain(steps, seeds, image_size=recipe["image_size"], net=net)
         for _, x, _ in chain:
             advance(len(seeds) / len(steps))
         return to_uint8(x).cpu()

@@ -55,7 +55,10 @@ def train(
     ] = False,
     checkpoint_path: Annotated[
         Path | None,
-        typer.Option(help="Go on from this checkpoint; implies --continue-training."),
+        typer.Option(
+            help="Go on from this checkpoint. Weights alone (a converted checkpoint, a diffusers "
+            "folder, a safetensors file) start a new run: fine-tuning."
+        ),
     ] = None,
 ):
     console = Console(quiet=not is_main_process(), highlight=False, soft_wrap=True)
@@ -67,13 +70,20 @@ def train(
 
         requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
         requeued = requeued and bool(runs_of(results, name, run_name))
-        if checkpoint_path or continue_training or requeued:
+        weights = None
+        if requeued:  # whatever it began from, it has gone on since
+            checkpoint_path = None
+        elif checkpoint_path and not goes_on_from(checkpoint_path):
+            from weights import read_source
+
+            checkpoint_path, weights = None, read_source(checkpoint_path)
+        if requeued or checkpoint_path or (continue_training and not weights):
             run, checkpoint_path = find_run(results, name, run_name, checkpoint_path)
         else:
             run = new_run(results, name, explicit=run_name is not None)
         console.print(f"run folder: {run}")
         quiet_libraries()
-        code = fit(config, run, checkpoint_path, console)
+        code = fit(config, run, checkpoint_path, weights, console)
     except KeyboardInterrupt:
         console.print("stopped before the first step; nothing was saved")
         code = 130
@@ -85,10 +95,11 @@ def train(
     raise typer.Exit(code)
 
 
-def fit(config: Config, run: Path, checkpoint_path: Path | None, console: Console) -> int:
+def fit(config: Config, run: Path, checkpoint_path: Path | None, weights, console: Console) -> int:
     """Train, and say how it ended; the exit code."""
     from callbacks import Checkpoints, Interrupted
-    from pl_utils import DDPM, Data
+    from data import Data
+    from pl_utils import DDPM
     from trainer import build_trainer
 
     step = 0
@@ -116,6 +127,8 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, console: Consol
         config, run, console, resumed_from=checkpoint_path, step=step, on_failure=report
     )
     data, ddpm = Data(config), DDPM(config)
+    if weights:
+        fine_tune(ddpm, weights, console)
     checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
     try:
         trainer.fit(ddpm, data, ckpt_path=checkpoint_path, weights_only=True)
@@ -136,6 +149,22 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, console: Consol
         f"to look at the curves: tensorboard --logdir {run.parent}"
     )
     return 0
+
+
+def goes_on_from(path: Path) -> bool:
+    """Whether `path` holds a run's whole state, rather than weights alone."""
+    from checkpoint import can_continue
+
+    return (path / "checkpoints").is_dir() or can_continue(path)
+
+
+def fine_tune(ddpm, source, console: Console) -> None:
+    """Begin from a `Source`: both sets of weights from its average."""
+    ddpm.take(source._replace(raw=source.ema))
+    step = f", after {source.step:,} steps" if source.step else ""
+    console.print(f"weights from {source.path}{step}; a fresh optimizer, step 0")
+    for line in differences(source.config, ddpm.config, ignore={"dataset", "training", "sampling"}):
+        console.print(f"other than where they come from: {line}")
 
 
 def check_continuation(config: Config, checkpoint_path: Path, console: Console) -> int:

@@ -15,8 +15,9 @@ from rich.console import Console
 from callbacks import lock
 from checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
 from config import load_config
+from data import Data
 from diffusion_utils import from_uint8, make_steps
-from pl_utils import DDPM, TRAIN, Data, SeedNoise, load_ddpm
+from pl_utils import DDPM, TRAIN, SeedNoise, load_ddpm
 from trainer import build_trainer, check_division, check_launcher
 
 

@@ -1,0 +1,273 @@
+"""A trained model from files of any dialect: this project's, diffusers', the official code's."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from checkpoint import is_checkpoint, newest_checkpoint, read_plain
+from config import Config, DatasetConfig, apply_override, check_config
+from dialects import infer_tree, to_our_names, tree_of_diffusers
+
+
+class Source(NamedTuple):
+    """A model from files."""
+
+    config: Config
+    ema: dict[str, Tensor]  # what samples
+    raw: dict[str, Tensor]  # what trained; the same where the files hold one set
+    step: int  # of training, 0 where the files do not say
+    notes: list[str]  # what was assumed where the files are silent
+    path: Path
+
+
+def read_source(source: str | Path, overrides: Iterable[str] = ()) -> Source:
+    """Read a model of any dialect.
+
+    Args:
+        source: a run's folder, a checkpoint or safetensors file of ours; a diffusers folder or its
+            id on the Hub; official weights as a PyTorch state dict (.ckpt, .bin,
+            .safetensors), as arrays under TensorFlow's names (.npz) or as a TensorFlow checkpoint.
+        overrides: `section.key=value` that win over what the files say.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: damaged, asking to run code, or holding what
+            our network cannot represent.
+    """
+    path = Path(source)
+    if path.suffix == ".index" or path.with_name(f"{path.name}.index").is_file():
+        return _from_tensors(path, _read_tensorflow(path), overrides)
+    if not path.exists():
+        path = _fetch(str(source))
+    if path.name.startswith("diffusion_pytorch_model") and (path.parent / "config.json").is_file():
+        path = path.parent
+    if path.is_dir():
+        if _find(path, "unet/config.json", "config.json"):
+            return _read_diffusers(path, overrides)
+        path = newest_checkpoint(path)
+    if path.suffix == ".safetensors":
+        state, metadata = _read_safetensors(path)
+        if "config" in metadata:
+            tree = json.loads(metadata["config"])
+            return _finish(path, tree, state, state, int(metadata["step"]), [], overrides)
+        return _from_tensors(path, state, overrides)
+    if path.suffix == ".npz":
+        return _from_tensors(path, _read_npz(path), overrides)
+    data = read_plain(path)
+    if not is_checkpoint(data):
+        return _from_tensors(path, data, overrides)
+    raw, ema = (
+        {k.removeprefix(p): v for k, v in data["state_dict"].items() if k.startswith(p)}
+        for p in ("unet.", "ema.")
+    )
+    return _finish(path, data["hyper_parameters"], ema, raw, data["global_step"], [], overrides)
+
+
+def copy_tensors(net: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """`state` into `net`, name by name; 1x1 convolutions may come as matrices.
+
+    Raises:
+        ValueError: lists what is missing, surplus or of another shape; `net` is untouched.
+    """
+    ours = net.state_dict()
+    squeezed = lambda shape: list(shape[:2]) if shape[2:] in ((), (1, 1)) else list(shape)
+    wrong = [f"missing: {name}" for name in ours if name not in state]
+    wrong += [f"surplus: {name}" for name in state if name not in ours]
+    for name in ours.keys() & state.keys():
+        there = state[name].shape if isinstance(state[name], Tensor) else None
+        if there is None or squeezed(there) != squeezed(ours[name].shape):
+            shape = list(there) if there is not None else f"a {type(state[name]).__name__}"
+            wrong.append(f"misshapen: {name} is {shape}, not {list(ours[name].shape)}")
+    if wrong:
+        more = [f"and {len(wrong) - 12} more"] if len(wrong) > 12 else []
+        lines = "".join(f"\n  {line}" for line in [*wrong[:12], *more])
+        raise ValueError(f"{source}: the weights do not fit the network of its config:{lines}")
+    net.load_state_dict({name: state[name].view_as(ours[name]) for name in ours})
+
+
+# ---- files
+
+
+def _find(folder: Path, *names: str) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no keys and values")
+    return tree
+
+
+def _read_diffusers(folder: Path, overrides: Iterable[str]) -> Source:
+    """A diffusers folder, of a pipeline or of its network alone."""
+    unet_json = _find(folder, "unet/config.json", "config.json")
+    name = "scheduler_config.json"
+    scheduler_json = _find(folder, f"scheduler/{name}", name, f"../scheduler/{name}")
+    try:
+        tree, notes = tree_of_diffusers(
+            _read_json(unet_json), scheduler_json and _read_json(scheduler_json)
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    state = to_our_names(_read_diffusers_tensors(unet_json.parent))
+    average = folder / "unet_ema"  # where diffusers' training script keeps it
+    ema = state
+    if (average / "config.json").is_file():
+        ema = to_our_names(_read_diffusers_tensors(average))
+    step = 0
+    if our_config := _find(unet_json.parent, "ddpm.json", "../ddpm.json"):  # of our own export
+        extra = _read_json(our_config)
+        step = extra["step"]
+        tree = {
+            section: extra["config"].get(section, {}) | tree.get(section, {})
+            for section in extra["config"]
+        }
+        tree["sampling"] = extra["config"]["sampling"]
+        notes = []
+    return _finish(folder, tree, ema, state, step, notes, overrides)
+
+
+def _read_diffusers_tensors(folder: Path) -> dict:
+    stem = "diffusion_pytorch_model"
+    candidates = [folder / f"{stem}.safetensors", folder / f"{stem}.bin"]
+    candidates += [*sorted(folder.glob(f"{stem}.*.safetensors")), *folder.glob(f"{stem}.*.bin")]
+    for path in candidates:
+        if path.is_file():
+            return _read_safetensors(path)[0] if path.suffix == ".safetensors" else read_plain(path)
+    raise FileNotFoundError(f"{folder} holds no {stem}.safetensors or .bin")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except Exception as error:  # a damaged archive can raise anything
+        raise ValueError(f"{path} is damaged or not plain arrays: {error}") from None
+
+
+_TENSORFLOW_TO_NPZ = """
+import sys, numpy, tensorflow
+reader = tensorflow.train.load_checkpoint(sys.argv[1])
+names = [name for name in reader.get_variable_to_shape_map() if name.startswith("model/")]
+numpy.savez(sys.argv[2], **{name: reader.get_tensor(name) for name in names})
+"""
+
+
+def _read_tensorflow(path: Path) -> dict[str, Tensor]:
+    """A TensorFlow checkpoint: `model.ckpt-790000` for its .index and .data files.
+
+    Read in a process of its own: TensorFlow and PyTorch each bring an LLVM, and they clash.
+    """
+    prefix = path.with_suffix("") if path.suffix == ".index" else path
+    with tempfile.TemporaryDirectory() as folder:
+        arrays = Path(folder) / "arrays.npz"
+        command = [sys.executable, "-c", _TENSORFLOW_TO_NPZ, str(prefix), str(arrays)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            if "No module named 'tensorflow'" in done.stderr:
+                mend = "`pip install tensorflow-cpu` to read it"
+                raise ValueError(f"{prefix} is a TensorFlow checkpoint: {mend}")
+            reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+            raise ValueError(f"{prefix} cannot be read by TensorFlow: {reason}")
+        return _read_npz(arrays)
+
+
+def _fetch(source: str) -> Path:
+    """The folder of a Hub id, `owner/name`; FileNotFoundError where it is none."""
+    owner, slash, name = source.partition("/")
+    if not (slash and owner and name) or "/" in name or Path(owner).exists() or "." in owner:
+        raise FileNotFoundError(f"no checkpoint at {source}")
+    try:
+        from huggingface_hub import snapshot_download
+
+        wanted = ["*.json", "*.safetensors", "*.bin"]
+        folder = Path(snapshot_download(source, allow_patterns=wanted))
+    except ImportError:
+        mend = "`pip install huggingface_hub` to have it fetched, if it is an id on the Hub"
+        raise FileNotFoundError(f"nothing at {source}: {mend}") from None
+    except Exception as error:  # whatever a network and a service can raise
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"nothing at {source}, and it cannot be fetched from the Hub: {reason}"
+        ) from None
+    return folder
+
+
+def _from_tensors(path: Path, data, overrides: Iterable[str]) -> Source:
+    """Bare tensors of any dialect; the config from their names and shapes."""
+    raw, ema = _sets(path, data)
+    chosen: dict = {}
+    for override in overrides:
+        apply_override(chosen, override)
+    try:
+        tree, notes = infer_tree(ema, chosen.get("dataset", {}).get("image_size"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return _finish(path, tree, ema, raw, 0, notes, overrides)
+
+
+def _sets(path: Path, data) -> tuple[dict, dict]:
+    """The raw and the averaged tensors under our names, whichever of them there are."""
+    average = "/ExponentialMovingAverage"
+    if isinstance(data, list) and data and isinstance(data[0], dict):  # of the DDIM code
+        last = data[-1] if isinstance(data[-1], dict) and len(data) > 1 else data[0]
+        data = {"raw": data[0], "ema": last}
+    elif isinstance(data, dict) and any(str(name).endswith(average) for name in data):
+        leaves = ("/W", "/b", "/gamma", "/beta")
+        data = {
+            "raw": {name: value for name, value in data.items() if name.endswith(leaves)},
+            "ema": {n.removesuffix(average): v for n, v in data.items() if n.endswith(average)},
+        }
+    elif isinstance(data, dict):
+        data = data.get("state_dict", data)
+        data = {"raw": data, "ema": data}
+    else:
+        raise ValueError(f"{path} holds no named tensors")
+    raw = to_our_names(data["raw"])
+    return raw, raw if data["ema"] is data["raw"] else to_our_names(data["ema"])
+
+
+_DATASETS = {
+    "cifar": "cifar10",
+    "celeba": "celebahq",
+    "church": "lsun-church",
+    "bedroom": "lsun-bedroom",
+    "cat": "lsun-cat",
+}
+
+
+def _finish(path, tree, ema, raw, step, notes, overrides) -> Source:
+    """A checked config, with what the files do not say filled in."""
+    tree = {section: dict(values) for section, values in tree.items()}
+    dataset = tree.setdefault("dataset", {})
+    if "name" not in dataset:
+        known = get_args(DatasetConfig.model_fields["name"].annotation)
+        words = path.resolve().as_posix().lower()
+        guesses = [name for word, name in _DATASETS.items() if word in words and name in known]
+        dataset["name"] = guesses[0] if guesses else "folder"
+        notes = [*notes, f"dataset.name={dataset['name']}"]
+    tree.setdefault("training", {}).setdefault("max_steps", max(1, step))
+    for override in overrides:
+        apply_override(tree, override)
+    return Source(check_config(tree, source=f"the config of {path}"), ema, raw, step, notes, path)
