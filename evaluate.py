@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,6 +129,8 @@ def evaluate(
         if not began and not isinstance(error, ValueError | OSError):
             raise
         fail(error)
+        if began and (launcher := trainer.strategy.launcher):
+            launcher.kill(signal.SIGKILL)  # the ranks started from here; they would work on alone
         raise typer.Exit(1 if began else 2) from None
 
 

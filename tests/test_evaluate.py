@@ -307,12 +307,6 @@ def test_ranks_share_rows_evenly():
     assert max(len(batch) for share in shares for batch in share) == 4
 
 
-def scalars(run):
-    events = EventAccumulator(str(run))
-    events.Reload()
-    return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 def test_evaluation_while_training_leaves_no_trace(place, tmp_path):
     one = train(tmp_path / "one")
     extractor = f"training.extractor={place / 'net.pt'}"
@@ -326,9 +320,10 @@ def test_evaluation_while_training_leaves_no_trace(place, tmp_path):
     )
     assert_same(dict(one[0].state_dict()), dict(other[0].state_dict()))
     assert_same(one[1], other[1])
-    found = scalars(tmp_path / "two")
+    events = EventAccumulator(str(tmp_path / "two"))
+    events.Reload()
     for name in ("FID-9", "IS-9", "KID-9"):
-        assert found[f"evaluation/{name} dpm++ 20"] == [3, 6]
+        assert [e.step for e in events.Scalars(f"evaluation/{name} dpm++ 20")] == [3, 6]
 
 
 @pytest.mark.slow
@@ -353,6 +348,31 @@ def test_two_processes_are_one(place):
     one, *others = map(values, found.values())
     for other in others:
         assert other == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_while_training_as_one(place):
+    line = (
+        "configs/smoke.yml training.accelerator=cpu training.max_steps=3 model.dropout=0.0 "
+        f"training.evaluate_every=3 training.evaluate_images=9 training.extractor={place}/net.pt"
+    )
+    for devices in ("1", "2"):
+        result = subprocess.run(
+            [sys.executable, str(PROJECT / "train.py"), *line.split(),
+             f"training.devices={devices}", "--run-name", f"on-{devices}"],
+            cwd=place, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+    one, two = (last_values(place / "lightning_logs" / f"on-{n}") for n in (1, 2))
+    assert "evaluation/FID-9 dpm++ 20" in one
+    assert two == pytest.approx(one, rel=1e-3)
+
+
+def last_values(run):
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("evaluation/")]
+    return {tag: events.Scalars(tag)[-1].value for tag in tags}
 
 
 # ---- Inception
