@@ -18,6 +18,7 @@ ALLOWED = {
     "pl_utils": {"checkpoint", "config", "dataset", "diffusion_utils", "model"},
     "trainer": {"callbacks", "checkpoint", "config"},
     "train": {"callbacks", "checkpoint", "config", "pl_utils", "trainer"},
+    "likelihood": {"diffusion_utils", "pl_utils"},
     "sample": {"callbacks", "diffusion_utils", "pl_utils"},
 }
 
