@@ -1,4 +1,4 @@
-"""The diffusion process: q, the loss, the variational bound, samplers as step tables and their loop.
+"""The diffusion process: q, the loss, its bound, samplers as step tables, and their loop.
 
 | symbol          | name here         | source                                    |
 |-----------------|-------------------|-------------------------------------------|
@@ -132,7 +132,7 @@ class GaussianDiffusion:
     # ---- the variational bound (Eq. 5), in bits per dimension
 
     def posterior(self, t: int) -> tuple[float, float, float]:
-        """q(x_{t-1} | x_t, x_0), Eq. 6 and 7: mean c_t x_t + c_0 x_0; returns c_t, c_0, variance."""
+        """q(x_{t-1} | x_t, x_0), Eq. 6 and 7: of mean c_t x_t + c_0 x_0: c_t, c_0, variance."""
         a_t, a_s, beta = self.alpha_bar(t), self.alpha_bar(t - 1), float(self.betas[t])
         c_t = (1 - a_s) * math.sqrt(1 - beta) / (1 - a_t)
         return c_t, beta * math.sqrt(a_s) / (1 - a_t), beta * (1 - a_s) / (1 - a_t)
@@ -154,7 +154,7 @@ class GaussianDiffusion:
         return nats.flatten(1).mean(1) / math.log(2)
 
     def bound_term(self, x_0: Tensor, x0_hat: Tensor, t: int, variance: str) -> Tensor:
-        """One term of Eq. 5: L_{t-1} as KL(q || p) of the paper's t > 1, at t = 0 the decoder's L_0.
+        """One term of Eq. 5: KL(q || p) of x_{t-1} given x_t; at t = 0 the decoder's L_0.
 
         Args:
             x_0: [B, ...], of 256 levels in [-1, 1]. x0_hat: the model's estimate of it from x_t.

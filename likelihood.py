@@ -80,8 +80,8 @@ def bits_per_dim(
     for rows, batch in todo:
         columns = slice(kept.index(batch[0][0]), kept.index(batch[-1][0]) + 1)
         bits[rows, columns], mse[rows, columns] = _terms(ddpm, from_uint8(x_0[rows]), batch)
-    prior = ddpm.diffusion.prior_term(from_uint8(x_0), times[-1])
-    return Bound(torch.tensor(kept), bits, mse, prior)
+    priors = [ddpm.diffusion.prior_term(from_uint8(x_0[rows]), times[-1]) for rows in groups]
+    return Bound(torch.tensor(kept), bits, mse, torch.cat(priors))
 
 
 def _terms(ddpm: DDPM, x_0: Tensor, batch: list[tuple[int, Tensor]]) -> Tensor:
