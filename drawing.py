@@ -1,22 +1,21 @@
 """Figures on paper: boards of pictures, charts, tables. It knows numbers and pictures, no model."""
 
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib import ticker
-from matplotlib.animation import FFMpegWriter, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 INK, GREY, FAINT = "#1b1f24", "#6b7280", "#e5e7eb"
-OURS, THEIRS, THIRD, FOURTH = "#2563eb", "#d97706", "#059669", "#a21caf"
+OURS, THEIRS = "#2563eb", "#d97706"
 CELL = 0.62  # inches a picture
-FRAMES_PER_SECOND = 15
+FRAMES_PER_SECOND, STAYS = 12, 2  # and seconds that the last frame stays
 
 matplotlib.rcParams.update(
     {
@@ -105,13 +104,19 @@ class Board:
         self.width, self.height = self.x[-1] + self.side, self.y[-1] + self.side
         width = max(left + self.width + margin, inch(5.2))  # room for the note
         height = top + self.height + margin
+        width, height = width + width % 2, height + height % 2  # a film's are even
         self.figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
         FigureCanvasAgg(self.figure)
 
         def text(x: float, y: float, string: str, **style):
             return self.figure.text(x / width, 1 - y / height, string, **style)
 
-        box = left / width, margin / height, self.width / width, self.height / height
+        box = (
+            left / width,
+            1 - (top + self.height) / height,
+            self.width / width,
+            self.height / height,
+        )
         axes = self.figure.add_axes(box)
         axes.set_axis_off()
         self.image = axes.imshow(self.compose(cells), interpolation="nearest", aspect="auto")
@@ -130,7 +135,7 @@ class Board:
             text(middle, over, label, ha="center", va="bottom", weight="bold")
 
     def _offsets(self, count: int, gaps: Iterable[int]) -> list[int]:
-        small, large = max(1, self.side // 16), self.side // 3
+        small, large = max(1, self.side // 16), self.side // 4
         extra = np.cumsum([large * (i in set(gaps)) for i in range(count)])
         return [int(i * (self.side + small) + extra[i]) for i in range(count)]
 
@@ -148,51 +153,55 @@ def write_animation(frames: Iterable[tuple[str, list[list[Tensor]]]], path: Path
     """A board that changes, as .gif or .mp4; each frame is (title, cells), and the last one stays.
 
     Raises:
-        ValueError: .mp4 without ffmpeg.
+        ValueError: .mp4 without imageio-ffmpeg.
     """
-    options = dict(fps=FRAMES_PER_SECOND)
-    if path.suffix == ".mp4":
-        matplotlib.rcParams["animation.ffmpeg_path"] = find_ffmpeg()
-        even = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p"]
-        writer = FFMpegWriter(**options, codec="libx264", extra_args=even)
-    else:
-        writer = PillowWriter(**options)
+    write = write_mp4 if path.suffix == ".mp4" else write_gif
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
-        board = None
-        for title, cells in frames:
-            if board is None:
-                board = Board(cells, title=title, **layout)
-                writer.setup(board.figure, str(temporary))
-            board.title.set_text(title)
-            board.image.set_data(board.compose(cells))
-            writer.grab_frame()
-        for _ in range(2 * FRAMES_PER_SECOND):
-            writer.grab_frame()
-        writer.finish()
+        write(list(rendered(frames, **layout)), temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def find_ffmpeg() -> str:
-    if found := shutil.which("ffmpeg"):
-        return found
-    try:
-        import imageio_ffmpeg
+def rendered(frames: Iterable[tuple[str, list[list[Tensor]]]], **layout) -> Iterator[np.ndarray]:
+    """uint8 [H, W, 3] of each frame."""
+    board = None
+    for title, cells in frames:
+        if board is None:
+            board = Board(cells, title=title, **layout)
+        board.title.set_text(title)
+        board.image.set_data(board.compose(cells))
+        board.figure.canvas.draw()
+        yield np.asarray(board.figure.canvas.buffer_rgba())[..., :3].copy()
 
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except (ImportError, RuntimeError):
-        raise ValueError(
-            "an .mp4 needs ffmpeg: pip install imageio-ffmpeg, or --output to a .gif"
-        ) from None
+
+def write_gif(frames: list[np.ndarray], path: Path) -> None:
+    # flat squares stay flat without dithering, and the file stays small
+    images = [Image.fromarray(f).quantize(256, dither=Image.Dither.NONE) for f in frames]
+    durations = [1000 // FRAMES_PER_SECOND] * (len(images) - 1) + [STAYS * 1000]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+
+def write_mp4(frames: list[np.ndarray], path: Path) -> None:
+    try:
+        from imageio_ffmpeg import write_frames
+    except ImportError:
+        raise ValueError("an .mp4 needs pip install imageio-ffmpeg; a .gif does not") from None
+    height, width, _ = frames[0].shape
+    writer = write_frames(str(path), (width, height), fps=FRAMES_PER_SECOND, macro_block_size=2)
+    writer.send(None)
+    for frame in [*frames, *[frames[-1]] * (STAYS * FRAMES_PER_SECOND)]:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
 
 
 # ---- charts
 
 
-def chart(width: float, height: float, *, title: str, note: str, panels: list) -> tuple:
+def chart(height: float, *, title: str, note: str, panels: list[float]) -> tuple:
     """A figure with its heading, and axes whose widths are as the numbers `panels`."""
+    width = 9.2
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(rect=(0.015, 0.02, 0.97, 1 - 0.72 / height), wspace=0.06)
@@ -220,73 +229,75 @@ TABLE_4 = np.array(
 
 def plot_rate_distortion(rate: np.ndarray, rmse: np.ndarray, *, name: str, note: str) -> Figure:
     """rate, rmse: [T], where entry t is of reverse time T - t."""
-    T = len(rate)
-    paper = "CIFAR-10, Table 4"
-    figure, (left, right) = chart(
-        9.2, 3.7, title="Rate and distortion", note=note, panels=[1.25, 1]
-    )
-    left.plot(rate, rmse, color=OURS, label=name)
-    left.plot(TABLE_4[:, 1], TABLE_4[:, 2], "o", color=THEIRS, markersize=4, label=paper)
-    left.set(xlabel="rate, bits/dim", ylabel="distortion, RMSE of [0, 255]", xlim=0, ylim=0)
+    T, (_, paper_rate, paper_rmse) = len(rate), TABLE_4.T
+    times = [round(time * T / 1000) for time, *_ in TABLE_4]
+    at = [T - time for time in times]
+    figure, (left, right) = chart(3.7, title="Rate and distortion", note=note, panels=[1.25, 1])
+    left.plot(rate, rmse, color=OURS, linewidth=1.2, label=name)
+    dots = dict(marker="o", markersize=4, linestyle="none", clip_on=False, zorder=3)
+    left.plot(rate[at], rmse[at], color=OURS, **dots)
+    left.plot(paper_rate, paper_rmse, color=THEIRS, label="CIFAR-10, the paper's Table 4", **dots)
+    left.set(xlabel="rate, bits/dim", ylabel="distortion, RMSE on 0 ... 255", xlim=0, ylim=0)
     left.legend()
-
-    shares = TABLE_4[:, 0] / 1000
-    at = [T - round(share * T) for share in shares]
-    rows = [
-        [f"{T - t:,}", f"{rate[t]:.4f}", f"{rmse[t]:.1f}", f"{paper_rate:.4f}", f"{paper_rmse:.1f}"]
-        for t, (_, paper_rate, paper_rmse) in zip(at, TABLE_4, strict=True)
+    columns = [
+        Column("reverse\ntime", [f"{time:,}" for time in times]),
+        Column(f"{name}\nrate", [f"{x:.4f}" for x in rate[at]], OURS, gap=0.5),
+        Column("\nRMSE", [f"{x:.1f}" for x in rmse[at]], OURS),
+        Column("CIFAR-10\nrate", [f"{x:.4f}" for x in paper_rate], THEIRS, gap=0.5),
+        Column("\nRMSE", [f"{x:.1f}" for x in paper_rmse], THEIRS),
     ]
-    header = ["reverse time", "rate", "RMSE", "rate", "RMSE"]
-    table(
-        right,
-        header,
-        rows,
-        widths=[1, 0.8, 0.7, 0.9, 0.7],
-        colours=[INK, OURS, OURS, THEIRS, THEIRS],
-    )
+    table(right, columns)
     return figure
 
 
 def plot_schedule(alpha_bar: np.ndarray, steps: list, *, note: str) -> Figure:
     """alpha_bar: [T]; steps: `diffusion_utils.Step`."""
-    T, t = len(alpha_bar), np.array([step.t for step in steps])
-    figure, (share, snr, weights) = chart(9.2, 3.0, title="Schedule", note=note, panels=[1, 1, 1])
-    dots = dict(color=INK, markersize=3, linestyle="none", marker="o", zorder=3)
-    few = len(steps) <= 100
+    t = np.array([step.t for step in steps])
+    figure, (share, snr, right) = chart(3.2, title="Schedule", note=note, panels=[1, 1, 1.2])
+    with np.errstate(divide="ignore"):
+        ratio = alpha_bar / (1 - alpha_bar)
     share.plot(alpha_bar, color=OURS)
-    share.set_title(r"$\bar{\alpha}_t$, the share of $x_0$")
-    ratio = alpha_bar / (1 - alpha_bar)
+    share.set_title(r"$\bar{\alpha}_t$, what is left of the picture in $x_t$")
     snr.semilogy(ratio, color=OURS)
     snr.set_title("signal to noise")
-    if few:
-        share.plot(t, alpha_bar[t], **dots)
-        snr.plot(t, ratio[t], **dots)
-    for key, label, colour in (
-        ("c_t", "$c_t$, of $x_t$", OURS),
-        ("c_0", r"$c_0$, of $\hat{x}_0$", THEIRS),
-        ("c_1", r"$c_1$, of the $\hat{x}_0$ before", THIRD),
-        ("sigma", r"$\sigma$, of noise", FOURTH),
-    ):
-        values = np.array([getattr(step, key) for step in steps])
-        if values.any():
-            weights.plot(t, values, color=colour, marker="o" * few, markersize=2.5, label=label)
-    weights.set_title("each step's weights")
-    weights.legend()
-    for axes in (share, snr, weights):
-        axes.set(xlabel="$t$", xlim=(0, T - 1))
+    for axes, values in ((share, alpha_bar), (snr, ratio)):
+        axes.set(xlabel="$t$", xlim=(0, len(alpha_bar)))
+        if len(steps) <= 100:  # where the sampler stops by
+            axes.plot(t, values[t], "o", color=OURS, markersize=3, clip_on=False)
+
+    rows = np.unique(np.linspace(0, len(steps) - 1, 11).round().astype(int))
+    columns = [Column("$t$", [f"{steps[row].t}" for row in rows])]
+    columns += [Column("$s$", [f"{steps[row].s}" if steps[row].s >= 0 else "data" for row in rows])]
+    heads = {"c_t": "$c_t$", "c_0": "$c_0$", "c_1": "$c_1$", "sigma": r"$\sigma$"}
+    for key, head in heads.items():
+        if any(getattr(step, key) for step in steps):
+            columns.append(Column(head, [f"{getattr(steps[row], key):.4f}" for row in rows]))
+    table(right, columns)
+    part = f", {len(rows)} of {len(steps)}" if len(rows) < len(steps) else ""
+    right.set_title(f"steps{part}")
     return figure
 
 
-def table(axes: Axes, header: list[str], rows: list[list[str]], *, widths: list[float], colours=()):
-    """Right-aligned columns of text, a line under the header; fills `axes`."""
+class Column(NamedTuple):
+    """Of a table: a head, which may have two lines, and as many cells as the others."""
+
+    head: str
+    cells: list[str]
+    colour: str = INK
+    gap: float = 0.0  # before it, in columns
+
+
+def table(axes: Axes, columns: list[Column]) -> None:
+    """Columns aligned to the right, a line under their heads; fills `axes`."""
     axes.set_axis_off()
-    right = np.cumsum(widths) / sum(widths)
-    height = 1 / (len(rows) + 1.5)
-    for row, cells in enumerate([header, *rows]):
-        y = 1 - (row + 0.5 + 0.3 * (row > 0)) * height
-        for column, (x, cell) in enumerate(zip(right, cells, strict=True)):
-            colour = colours[column] if colours else INK
-            weight = "bold" if row == 0 else "normal"
-            axes.text(x, y, cell, ha="right", va="center", color=colour, weight=weight, size=7.5)
-    axes.axhline(1 - 1.15 * height, color=GREY, linewidth=0.6)
+    lines = 1 + max(column.head.count("\n") for column in columns)
+    height = 1 / (len(columns[0].cells) + lines + 0.6)
+    right = np.cumsum([1 + column.gap for column in columns])
+    for x, column in zip(right / right[-1], columns, strict=True):
+        style = dict(ha="right", color=column.colour, size=7.5)
+        axes.text(x, 1 - lines * height, column.head, va="bottom", weight="bold", **style)
+        for row, cell in enumerate(column.cells):
+            y = 1 - (lines + 0.6 + row + 0.5) * height
+            axes.text(x, y, cell, va="center", **style)
+    axes.axhline(1 - (lines + 0.3) * height, color=GREY, linewidth=0.6)
     axes.set(xlim=(0, 1), ylim=(0, 1))

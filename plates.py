@@ -64,20 +64,22 @@ def states(
     yield -1, to_uint8(x).cpu(), to_uint8(x).cpu()
 
 
-def some_of(items: Iterable, total: int, count: int) -> list:
-    """About `count` evenly spaced items of `total`, the first and the last among them."""
-    kept = {round(i * (total - 1) / (count - 1)) for i in range(count)}
-    return [item for i, item in enumerate(items) if i in kept]
+def some_states(job: Job, seeds: list[int], count: int) -> list[State]:
+    """About `count` states, evenly spaced over the whole chain, its ends among them."""
+    total = len(job.steps) + 1
+    kept = evenly(total, count)
+    chain = job.track(samples(job.ddpm, job.steps, seeds), total=total)
+    return [state for i, state in enumerate(chain) if i in kept]
 
 
 def draw_progressive(job: Job, output: Path) -> None:
-    seeds, total = job.seeds(4), len(job.steps) + 1
-    kept = some_of(job.track(samples(job.ddpm, job.steps, seeds), total=total), total, 11)
+    seeds = job.seeds(4)
+    kept = some_states(job, seeds, 11)
     cells = [[state[row][i] for state in kept] for i in range(len(seeds)) for row in (1, 2)]
     board = Board(
         cells,
         title="Progressive generation",
-        note=f"What is known of the picture at t: the chain, and the estimate of its end. {job}",
+        note=f"{job}. Below each x_t what the model takes the end to be",
         columns=[*(f"{t}" for t, *_ in kept[:-1]), "sample"],
         rows=["$x_t$", r"$\hat{x}_0$"] * len(seeds),
         corner="$t$",
@@ -88,17 +90,19 @@ def draw_progressive(job: Job, output: Path) -> None:
 
 
 def draw_chain(job: Job, output: Path) -> None:
-    seeds, total = job.seeds(16), len(job.steps) + 1
+    seeds = job.seeds(16)
     across = math.ceil(math.sqrt(len(seeds)))
 
     def grid(pictures) -> list[list]:
         cells = [*pictures, *[None] * (-len(pictures) % across)]
         return [cells[i : i + across] for i in range(0, len(cells), across)]
 
-    chain = some_of(job.track(samples(job.ddpm, job.steps, seeds), total=total), total, 60)
     frames = (
-        (f"$t$ = {t}" if t >= 0 else "the samples", [a + b for a, b in zip(grid(x), grid(x_0))])
-        for t, x, x_0 in chain
+        (
+            f"$t$ = {t}" if t >= 0 else "samples",
+            [a + b for a, b in zip(grid(x), grid(x_0), strict=True)],
+        )
+        for t, x, x_0 in some_states(job, seeds, 40)
     )
     headings = ("$x_t$", 0, across - 1), (r"$\hat{x}_0$", across, 2 * across - 1)
     write_animation(frames, output, note=str(job), headings=headings, column_gaps=[across])
@@ -139,7 +143,7 @@ def interpolate(
 
 def draw_interpolation(job: Job, output: Path) -> None:
     T, mixes = job.ddpm.diffusion.timesteps, [i / 8 for i in range(9)]
-    wanted = job.asked.t or [T // 8 - 1, T // 4 - 1, T // 2 - 1, 3 * T // 4 - 1, T - 1]
+    wanted = job.asked.t or [max(1, T * share // 8) - 1 for share in (1, 2, 3, 4, 8)]
     if out := [t for t in wanted if not 0 <= t < T]:
         raise ValueError(f"--t {out[0]} is outside 0 ... {T - 1}")
     tables = {(table := steps_from(job.steps, t))[0].t: table for t in sorted(wanted)}
@@ -154,7 +158,7 @@ def draw_interpolation(job: Job, output: Path) -> None:
     board = Board(
         cells,
         title="Interpolation",
-        note=f"Two pictures with noise up to t, mixed by λ, and denoised. {job}",
+        note=f"{job}. Two pictures with noise up to t, mixed by λ, and denoised",
         columns=["$x_0$", *(f"{m:.3g}" for m in mixes), "$x_0'$"],
         rows=rows,
         corner="λ",
@@ -169,7 +173,9 @@ def load_pairs(job: Job) -> Tensor:
     files, data = job.asked.picture, job.ddpm.config.dataset
     if not files:
         count = job.asked.num_images or 1
-        pictures = real_pictures(job)
+        pictures = unseen_pictures(job.ddpm)
+        if 2 * count > len(pictures):
+            raise ValueError(f"--num-images {count}: there are {len(pictures)} for such pairs")
         rows = np.random.default_rng(job.asked.seed).choice(len(pictures), (count, 2), False)
         return pictures[rows.flatten().tolist()].unflatten(0, (count, 2))
     if len(files) != 2 or job.asked.num_images:
@@ -182,12 +188,23 @@ def load_pairs(job: Job) -> Tensor:
     return torch.from_numpy(np.stack(pair))[None]
 
 
-def real_pictures(job: Job, split: str | None = None) -> Pictures:
-    """Of a split; by default those that were held out, if some were, else the training's."""
-    data = Data(job.ddpm.config)
+def real_pictures(ddpm: DDPM) -> dict[str, Pictures]:
+    """Those of training, and those that were held out."""
+    data = Data(ddpm.config)
     data.prepare_data()
     data.setup()
-    return data.pictures[split] if split else data.pictures["validation"] or data.pictures["train"]
+    return {split: data.pictures[split] for split in ("train", "validation")}
+
+
+def unseen_pictures(ddpm: DDPM) -> Pictures:
+    """Those that were held out; where none were, those of training."""
+    train, held_out = real_pictures(ddpm).values()
+    return held_out or train
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """Up to `count` of `total` rows, evenly spaced, the first and the last among them."""
+    return np.linspace(0, total - 1, min(total, count)).round().astype(int).tolist()
 
 
 # ---- neighbours
@@ -245,30 +262,28 @@ def extractor_features(name: str, device: torch.device) -> Callable[[Tensor], Te
 def draw_neighbours(job: Job, output: Path) -> None:
     across, name = 5, job.asked.extractor
     extract = extractor_features(name, job.ddpm.device) if name else middle_features(job.ddpm)
-    train = real_pictures(job, "train")
-    every = range(len(train))
-    batches = [list(every[i : i + 256]) for i in every[::256]]
+    train, held_out = real_pictures(job.ddpm).values()
+    batches = torch.arange(len(train)).split(job.asked.batch_size)
     drawn = job.ddpm.sample(job.steps, job.seeds(8)).cpu()
 
-    pixels = (train[rows].flatten(1).float() for rows in job.track(batches, total=len(batches)))
-    distance, by_pixels = nearest(drawn.flatten(1).float(), pixels, across)
-    features = torch.cat([extract(train[r]) for r in job.track(batches, total=len(batches))])
+    queries = torch.cat([drawn, held_out[evenly(len(held_out), 64)]]).flatten(1).float()
+    pixels = (train[rows.tolist()].flatten(1).float() for rows in job.track(batches))
+    distance, by_pixels = nearest(queries, pixels, across)
+    features = torch.cat([extract(train[rows.tolist()]) for rows in job.track(batches)])
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
     unit = lambda f: torch.nn.functional.normalize((f - mean) / std)  # angles, each number alike
     _, by_features = nearest(unit(extract(drawn)), unit(features).split(4096), across)
 
-    cells = [
-        [picture, *train[pixel_rows], *train[feature_rows]]
-        for picture, pixel_rows, feature_rows in zip(
-            drawn, by_pixels.tolist(), by_features.tolist(), strict=True
-        )
-    ]
-    rmse = (distance[:, 0] / math.sqrt(drawn[0].numel())).tolist()
+    neighbours = torch.cat([by_pixels[: len(drawn)], by_features], dim=1).tolist()
+    rmse = distance[:, 0] / math.sqrt(queries.shape[1])
+    near = f"{rmse[: len(drawn)].median():.0f} for these"
+    if len(held_out):
+        near += f", {rmse[len(drawn) :].median():.0f} for pictures that were held out"
     where = f"features of {Path(name).name}" if name else "the U-Net's features"
     board = Board(
-        cells,
+        [[picture, *train[rows]] for picture, rows in zip(drawn, neighbours, strict=True)],
         title="Nearest training pictures",
-        note=f"The first in pixels is {min(rmse):.0f} to {max(rmse):.0f} of 255 away (RMSE). {job}",
+        note=f"{job}. Median RMSE to the nearest in pixels, of 255: {near}",
         headings=[
             ("sample", 0, 0),
             ("nearest in pixels", 1, across),
@@ -304,20 +319,20 @@ def rate_distortion(bound: Bound) -> RateDistortion:
 def draw_rate_distortion(job: Job, output: Path) -> None:
     sampling = job.ddpm.config.sampling.model_copy(update={"variance": job.recipe["variance"]})
     job.ddpm.config = job.ddpm.config.model_copy(update={"sampling": sampling})
-    pictures, seeds = real_pictures(job), job.seeds(16)
-    rows = np.linspace(0, len(pictures) - 1, min(len(seeds), len(pictures))).round().astype(int)
+    pictures, seeds = unseen_pictures(job.ddpm), job.seeds(16)
+    rows = evenly(len(pictures), len(seeds))
     bound = bits_per_dim(
         job.ddpm,
-        pictures[rows.tolist()],
+        pictures[rows],
         seeds[: len(rows)],
         batch_size=job.asked.batch_size,
         progress=job.track,
     )
     curve = rate_distortion(bound)
     note = (
-        f"{curve.rate[0] + curve.distortion:.2f} bits/dim = rate {curve.rate[0]:.2f} + distortion "
-        f"{curve.distortion:.2f}, variance {sampling.variance}, of {len(rows)} pictures. "
-        f"{job.caption}"
+        f"{job.caption}. {curve.rate[0] + curve.distortion:.2f} bits/dim = rate "
+        f"{curve.rate[0]:.2f} + distortion {curve.distortion:.2f}, with {sampling.variance} "
+        f"variance, over {len(rows)} pictures"
     )
     job.write(plot_rate_distortion(*curve[:2], name=job.caption.split(",")[0], note=note), output)
 
