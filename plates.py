@@ -90,7 +90,7 @@ def draw_progressive(job: Job, output: Path) -> None:
 
 
 def draw_chain(job: Job, output: Path) -> None:
-    seeds = job.seeds(16)
+    seeds = job.seeds(9)
     across = math.ceil(math.sqrt(len(seeds)))
 
     def grid(pictures) -> list[list]:
@@ -173,7 +173,7 @@ def load_pairs(job: Job) -> Tensor:
     files, data = job.asked.picture, job.ddpm.config.dataset
     if not files:
         count = job.asked.num_images or 1
-        pictures = unseen_pictures(job.ddpm)
+        pictures, _ = unseen_pictures(job.ddpm)
         if 2 * count > len(pictures):
             raise ValueError(f"--num-images {count}: there are {len(pictures)} for such pairs")
         rows = np.random.default_rng(job.asked.seed).choice(len(pictures), (count, 2), False)
@@ -196,10 +196,10 @@ def real_pictures(ddpm: DDPM) -> dict[str, Pictures]:
     return {split: data.pictures[split] for split in ("train", "validation")}
 
 
-def unseen_pictures(ddpm: DDPM) -> Pictures:
-    """Those that were held out; where none were, those of training."""
+def unseen_pictures(ddpm: DDPM) -> tuple[Pictures, str]:
+    """Those that were held out, or where none were those of training; and which they are."""
     train, held_out = real_pictures(ddpm).values()
-    return held_out or train
+    return (held_out, "held-out") if len(held_out) else (train, "training")
 
 
 def evenly(total: int, count: int) -> list[int]:
@@ -319,7 +319,7 @@ def rate_distortion(bound: Bound) -> RateDistortion:
 def draw_rate_distortion(job: Job, output: Path) -> None:
     sampling = job.ddpm.config.sampling.model_copy(update={"variance": job.recipe["variance"]})
     job.ddpm.config = job.ddpm.config.model_copy(update={"sampling": sampling})
-    pictures, seeds = unseen_pictures(job.ddpm), job.seeds(16)
+    (pictures, which), seeds = unseen_pictures(job.ddpm), job.seeds(16)
     rows = evenly(len(pictures), len(seeds))
     bound = bits_per_dim(
         job.ddpm,
@@ -332,7 +332,7 @@ def draw_rate_distortion(job: Job, output: Path) -> None:
     note = (
         f"{job.caption}. {curve.rate[0] + curve.distortion:.2f} bits/dim = rate "
         f"{curve.rate[0]:.2f} + distortion {curve.distortion:.2f}, with {sampling.variance} "
-        f"variance, over {len(rows)} pictures"
+        f"variance, over {len(rows)} {which} pictures"
     )
     job.write(plot_rate_distortion(*curve[:2], name=job.caption.split(",")[0], note=note), output)
 
