@@ -197,7 +197,8 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """x: [B, c_in, H, W]; temb: [B or 1, temb_width], after its swish -> [B, c_out, H, W]."""
         h, time = self.norm1(x), self.temb_proj(temb)
-        if len(time) == 1:  # the same for all: a part of the bias, and one pass over h less
+        # the same for all: a part of the bias, and one pass over h less
+        if not torch.compiler.is_exporting() and len(time) == 1:
             h = F.conv2d(h, self.conv1.weight, self.conv1.bias + time[0], padding=1)
         else:
             h = self.conv1(h) + time[:, :, None, None]

@@ -70,7 +70,12 @@ class DDPM(pl.LightningModule):
     def forward(self, x: Tensor, t: Tensor | int) -> Tensor:
         """eps_hat [B, C, H, W] of the chosen weights; x: [B, C, H, W], t: [B] or one, 0-based."""
         t = torch.full((1,), t, device=x.device) if isinstance(t, int) else t
-        return self.run(self.ema if self.weights == "ema" else self.unet, x, t)
+        return self.run(self.net, x, t)
+
+    @property
+    def net(self) -> UNet:
+        """The chosen weights."""
+        return self.ema if self.weights == "ema" else self.unet
 
     def run(self, net: UNet, x: Tensor, t: Tensor) -> Tensor:
         """`net(x, t)` at the configured precision."""
@@ -248,7 +253,7 @@ class DDPM(pl.LightningModule):
     def sampling_net(self, calls: int = 0) -> UNet:
         """The network that samples: a copy in bfloat16 where the hardware multiplies it, compiled
         on CUDA for that many `calls` if they repay the minute."""
-        net = self.ema if self.weights == "ema" else self.unet
+        net = self.net
         compiles = self.device.type == "cuda" and calls >= 5000 and self.config.training.compile
         if self.bf16 or compiles:
             net = copy.deepcopy(net).eval()

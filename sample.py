@@ -158,8 +158,7 @@ def digest_of(ddpm) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    net = ddpm.ema if ddpm.weights == "ema" else ddpm.unet
-    for name, tensor in net.state_dict().items():
+    for name, tensor in ddpm.net.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -13,7 +13,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from config import MAY_CHANGE, Config, check_config, differences, load_config
+from config import (
+    MAY_CHANGE,
+    Config,
+    check_config,
+    differences,
+    first_comment,
+    load_config,
+    to_yaml,
+)
 
 HELP = """
 Train a diffusion model from one YAML file.
@@ -39,8 +47,9 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 @app.command(help=HELP)
 def train(
     config_file: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cifar10.yml.")
-    ],
+        Path | None,
+        typer.Argument(metavar="CONFIG", help="A YAML file; without one, configs/ is listed."),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that win over the file's."),
@@ -60,11 +69,20 @@ def train(
             "folder, a safetensors file) start a new run: fine-tuning."
         ),
     ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole config, explained, and end.")
+    ] = False,
 ):
     console = Console(quiet=not is_main_process(), highlight=False, soft_wrap=True)
     run = None
+    if config_file is None:
+        list_configs(console)
+        raise typer.Exit(2)
     try:
         config = load_config(config_file, overrides or ())
+        if print_config:
+            print(to_yaml(config), end="")
+            raise typer.Exit(0)
         results = Path(config.training.results_folder)
         name = check_name(run_name or config_file.stem)
 
@@ -93,6 +111,14 @@ def train(
     if run:
         console.print(f"run folder: {run}")
     raise typer.Exit(code)
+
+
+def list_configs(console: Console) -> None:
+    """One line for each."""
+    console.print("python train.py CONFIG; there are:\n")
+    for path in sorted(Path("configs").glob("*.yml")):
+        console.print(f"  {path.as_posix():<28}{first_comment(path)}", markup=False)
+    console.print("\nto begin with: python train.py configs/digits.yml; more: --help")
 
 
 def fit(config: Config, run: Path, checkpoint_path: Path | None, weights, console: Console) -> int:
