@@ -379,7 +379,7 @@ def duration(seconds: float) -> str:
     """'3.2 hours', in the unit that fits."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
+            return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.0f} seconds"
 
 
