@@ -8,7 +8,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,8 +23,7 @@ from typer.testing import CliRunner
 
 import evaluate
 from data import Data
-from evaluation import Ranks, likelihood_scores
-from likelihood import Bound, bits_per_dim
+from likelihood import bits_per_dim
 from metrics import INCEPTION
 from pl_utils import load_ddpm
 
@@ -209,17 +207,6 @@ def test_likelihood_of_a_split(run):
     ]  # fmt: skip
 
 
-def test_an_estimate_is_the_sum_where_terms_are_straight():
-    t = torch.arange(0, 100, 9)
-    whole = torch.arange(100.0, dtype=torch.float64)
-    bound = Bound(t, (200 - whole)[t][None], t[None].double(), torch.zeros(1).double())
-    found = likelihood_scores(bound, stride=9, timesteps=100)["nll-estimate (stride 9)"].value
-    # below the first and above the last kept t it is level
-    level = (200 - whole).clone()
-    level[1:9] = 200 - 9
-    assert found == pytest.approx(level.sum().item())
-
-
 def test_a_config_is_measured_by_what_it_holds_out(run):
     _, facts = run("configs/smoke.yml --extractor net.pt --metrics fid,is")
     assert list(facts["scores"]) == ["FID-180", "IS-180"]
@@ -277,22 +264,6 @@ def test_mistakes_end_in_one_message(place, run, line, says):
 
 
 # ---- on several ranks, and while training
-
-
-def test_ranks_share_rows_evenly():
-    def ranks(rank):
-        strategy = SimpleNamespace(root_device=torch.device("cpu"))
-        alone = SimpleNamespace(
-            global_rank=0, world_size=1, is_global_zero=rank == 0, strategy=strategy
-        )
-        found = Ranks(alone)
-        found.rank, found.count = rank, 3
-        return found
-
-    shares = [ranks(rank).share(list(range(22)), 4) for rank in range(3)]
-    assert len({len(share) for share in shares}) == 1
-    assert sorted(row for share in shares for batch in share for row in batch) == list(range(22))
-    assert max(len(batch) for share in shares for batch in share) == 4
 
 
 def test_evaluation_while_training_leaves_no_trace(place, tmp_path):
