@@ -142,7 +142,7 @@ class TrainingConfig(Section):
     evaluate_every: int = Field(0, ge=0)
     """steps; 0 is never"""
     evaluate_images: int = Field(1000, ge=2)
-    """of each evaluation"""
+    """for each evaluation"""
     extractor: str = "inception-v3-compat"
     """of features: torch-fidelity's name, or a TorchScript file"""
     save_every: int = Field(5000, ge=0)
