@@ -88,12 +88,17 @@ class Checkpoints(pl.Callback):
         if self._main:
             os.write(2, b"\nsaving after this step; a second signal ends at once\n")
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+    def signalled(self) -> int:
+        """The signal that any rank has received, or 0; all ranks ask together."""
         signum = self._received
         if self._hosts:
             flag = torch.tensor(signum)
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._hosts)
             signum = int(flag)
+        return signum
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        signum = self.signalled()
         step, every = trainer.global_step, self.config.save_every
         if signum or step == trainer.max_steps or (every and step % every == 0):
             self._save(trainer)

@@ -139,6 +139,12 @@ class TrainingConfig(Section):
     """steps; 0 is never"""
     preview_images: int = Field(36, ge=1)
     """in the grid"""
+    evaluate_every: int = Field(0, ge=0)
+    """steps; 0 is never"""
+    evaluate_images: int = Field(1000, ge=2)
+    """for each evaluation"""
+    extractor: str = "inception-v3-compat"
+    """of features: torch-fidelity's name, or a TorchScript file"""
     save_every: int = Field(5000, ge=0)
     """steps; 0 is at the end only"""
     keep_checkpoints: int = Field(3, ge=1)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from named_sets import find_pictures
-from sources import Source, explain, in_threads
+from sources import Source, explain, in_threads, open_files
 
 
 class Pictures(Dataset):
@@ -248,6 +248,57 @@ def _decode(source: Source, root: str, cache: Path, progress, *, fit: str, **sha
         print(f"{message}\n  They are left out.")
     rows = [row for row, name in enumerate(source.names) if name not in skipped]
     return Pictures(array_file, np.array(rows))
+
+
+class Files:
+    """Pictures of a folder, zip or tar, in the order of their names; read as they are asked for.
+
+    Args:
+        fit: (channels, size) to bring them to, as those of a dataset are; None takes them as they
+            are, in colour and without alpha, and wants all of one size.
+
+    Raises:
+        FileNotFoundError, ValueError: no folder, zip or tar of pictures.
+    """
+
+    def __init__(self, root: Path, fit: tuple[int, int] | None = None):
+        self.root, self.fit, self.shape = root, fit, None
+        self.source = open_files(root)
+        self.shape = tuple(self[[0]].shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.source.names)
+
+    def __getitem__(self, rows: list[int]) -> Tensor:
+        """uint8 [B, C, H, W]. ValueError: one cannot be read, or is of another size."""
+        read = lambda i: self._read(rows[i])
+        return torch.from_numpy(np.stack(list(in_threads(read, len(rows)))))
+
+    def _read(self, row: int) -> np.ndarray:
+        name = self.source.names[row]
+        try:
+            with self.source.open(row) as image:
+                if self.fit:
+                    channels, size = self.fit
+                    return fit_picture(image, image_size=size, channels=channels)
+                pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        except Exception as error:  # a decoder can raise anything on a broken file
+            raise ValueError(f"{name} in {self.root}: {explain(error)}") from None
+        if self.shape and pixels.shape != self.shape:
+            raise ValueError(
+                f"{name} in {self.root} is {sides(pixels.shape)} and the first picture is "
+                f"{sides(self.shape)}; they must be of one size"
+            )
+        return pixels
+
+    def fingerprint(self) -> str:
+        recipe = [self.source.identity, self.fit]
+        return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+
+
+def sides(shape: tuple[int, int, int]) -> str:
+    """'32x32' of (C, H, W)."""
+    return f"{shape[2]}x{shape[1]}"
 
 
 HELP = """

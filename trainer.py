@@ -17,6 +17,7 @@ from rich.console import Console
 from callbacks import Checkpoints, Monitor, Previews
 from checkpoint import read_checkpoint, write_checkpoint
 from config import Config, divisors
+from evaluation import Evaluation
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -55,6 +56,9 @@ def build_trainer(
     check_division(training.batch_size, training.micro_batch_size, ranks)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
     checkpoints = Checkpoints(run / "checkpoints", training, resumed_from, on_failure)
+    callbacks = [Monitor(config, run, console), checkpoints, Previews(training)]
+    if training.evaluate_every:
+        callbacks.append(Evaluation(config, console))
     plugins = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # `Checkpoints` requeues, at a step boundary
@@ -71,7 +75,7 @@ def build_trainer(
             check_val_every_n_epoch=None,
             limit_val_batches=1.0 if training.validate_every else 0,
             num_sanity_val_steps=0,
-            callbacks=[Monitor(config, run, console), checkpoints, Previews(training)],
+            callbacks=callbacks,
             logger=[build_logger(kind, run, step) for kind in training.logger],
             plugins=plugins,
             enable_checkpointing=False,
