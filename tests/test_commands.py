@@ -333,6 +333,41 @@ def test_help_is_a_page_with_an_example(script, tmp_path):
     assert len(options) >= 4
 
 
+def test_copies(place, monkeypatch):
+    command = "sample.py --run-name smoke --seeds 0-2,9 --output-dir copies --upscale 3"
+    invoke(f"{command} --format npz --gif", place, monkeypatch, code=0)
+    folder = place / "copies"
+    plain = np.stack([np.array(Image.open(folder / f"{s:06d}.png")) for s in (0, 1, 2, 9)])
+    large = np.array(Image.open(folder / "enlarged" / "000009.png"))
+    assert np.array_equal(large, plain[3].repeat(3, 0).repeat(3, 1))  # whole pixels
+    with np.load(folder / "pictures.npz") as packed:
+        assert np.array_equal(packed["arr_0"][..., 0], plain)
+        assert packed["seeds"].tolist() == [0, 1, 2, 9]
+    with Image.open(folder / "chain.gif") as film:
+        assert film.n_frames == 20  # one a step
+        film.seek(19)
+        last = np.array(film.convert("L")).astype(int)
+    assert np.abs(last - np.array(Image.open(folder / "grid.png").convert("L"))).max() <= 4
+    again = invoke(f"{command} --format jpg", place, monkeypatch, code=0)
+    assert "0 pictures written to copies, 4 were there already" in again
+    jpg = np.array(Image.open(folder / "000009.jpg"))
+    assert np.abs(jpg.astype(int) - plain[3]).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("", "give a checkpoint or a --run-name (there are: "),
+        ("x.ckpt --run-name smoke", "one of them"),
+        ("--run-name smok", "no run 'smok' in lightning_logs; did you mean smoke?"),
+        ("--run-name smoke --seeds 5-3", "'5-3' is neither 7 nor 0-63"),
+        ("--run-name smoke --seeds 1,,2", "'' is neither 7 nor 0-63"),
+    ],
+)
+def test_which_model_and_which_pictures(place, arguments, says, monkeypatch):
+    assert says in invoke(f"sample.py {arguments}", place, monkeypatch, code=2)
+
+
 def stand_ins(place: Path) -> None:
     """Small models where the README has those that must be downloaded."""
     ddpm = DDPM(load_config("configs/cifar10.yml", ["model.base_channels=8"]))
