@@ -22,10 +22,11 @@ from pl_utils import DDPM
 
 PROJECT = Path(__file__).parent.parent
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-SHORT = (
-    "model.base_channels=8 training.max_steps=2 training.batch_size=2 training.num_workers=0 "
-    "training.validate_every=0"
-)
+SHORT = {  # what cuts the long runs
+    "train": "model.base_channels=8 training.max_steps=2 training.batch_size=2 "
+    "training.num_workers=0 training.validate_every=0",
+    "evaluate": "--num-images 20 --timesteps 5 --nll-images 2 --stride 100",
+}
 done: set[str] = set()  # pages may share a line
 
 
@@ -39,13 +40,12 @@ def commands(page: Path) -> list[str]:
 
 
 def invoke(command: str) -> None:
-    """In this process; the long runs are cut to two small steps."""
+    """In this process; long runs are cut short."""
     script, *arguments = command.split()
-    if script == "train.py" and re.search(r"configs/(?!smoke)", command):
-        arguments += SHORT.split()
-    result = CliRunner().invoke(
-        importlib.import_module(script.removesuffix(".py")).app, arguments
-    )
+    name = script.removesuffix(".py")
+    if not re.search(r"configs/smoke|lightning_logs/smoke", command):
+        arguments += SHORT.get(name, "").split()
+    result = CliRunner().invoke(importlib.import_module(name).app, arguments)
     assert result.exit_code == 0, f"{command}\n{result.output}"
 
 
@@ -82,12 +82,14 @@ def write_fashion(folder: Path) -> None:
         (folder / f"{part}-images-idx3-ubyte").write_bytes(header + bytes(4 * 28 * 28))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
 def test_every_python_line(page, place, monkeypatch, request):
     """In their order."""
     monkeypatch.chdir(place)
     inception = lambda *_: Extractor(Net(), INCEPTION, INCEPTION_SHA256)
-    monkeypatch.setattr("protocol.load_extractor", inception)  # it would be fetched
+    for module in ("protocol", "evaluation"):
+        monkeypatch.setattr(f"{module}.load_extractor", inception)  # it would be fetched
+    assert len(commands(page)) == len(re.findall(r"^python ", page.read_text(), re.M))
     if changes := blocks(page, "diff"):
         request.getfixturevalue("copied")(changes)
     for line in commands(page):
@@ -129,7 +131,7 @@ def hunks(diff: str):
             yield name, [line or " " for line in part.splitlines()]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")])
 def test_every_snippet(page, place, monkeypatch):
     monkeypatch.chdir(place)
     for snippet in blocks(page, "python"):
