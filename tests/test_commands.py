@@ -21,8 +21,6 @@ from test_training import Evil
 from typer.testing import CliRunner
 
 from config import load_config
-from convert import write_diffusers
-from pl_utils import DDPM
 
 PROJECT = Path(__file__).parent.parent
 
@@ -373,36 +371,6 @@ def test_copies(place, monkeypatch):
 )
 def test_which_model_and_which_pictures(place, arguments, says, monkeypatch):
     assert says in invoke(f"sample.py {arguments}", place, monkeypatch, code=2)
-
-
-def stand_ins(place: Path) -> None:
-    """Small models where the README has those that must be downloaded."""
-    ddpm = DDPM(load_config("configs/cifar10.yml", ["model.base_channels=8"]))
-    write_diffusers(ddpm, place / "google" / "ddpm-cifar10-32", "unknown")
-    (place / "google" / "ddpm-cifar10-32" / "ddpm.json").unlink()
-    torch.save(ddpm.ema.state_dict(), place / "ema_cifar10.ckpt")
-
-
-def test_every_python_line_of_the_readme(place, monkeypatch):
-    """In their order; the long runs are cut to two small steps."""
-    write_cifar(place / "data")
-    stand_ins(place)
-    for folder, size in (("data/celeba-hq", 256), ("mine", 20)):
-        (place / folder).mkdir(parents=True)
-        for i in range(4):
-            noise_image(i, (size, size)).save(place / folder / f"{i}.png")
-    short = (
-        "model.base_channels=8 training.max_steps=2 training.batch_size=2 training.num_workers=0"
-    )
-    readme = (PROJECT / "README.md").read_text()
-    lines = re.findall(r"^python (.*?)(?:  #.*)?$", readme, re.M)
-    assert len(lines) > 8
-    for line in lines:
-        long = re.search(r"configs/(digits|cifar10|celeba)\.yml", line)
-        if "devices=2" in line:  # starts itself again
-            run(f"python {line}", place)
-        else:
-            invoke(f"{line} {short}" if long else line, place, monkeypatch, code=0)
 
 
 def test_a_mistake_in_a_process_of_its_own(place):
