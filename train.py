@@ -28,6 +28,7 @@ Examples:
   python train.py configs/cifar10.yml training.batch_size=64 --run-name small
   python train.py configs/cifar10.yml training.batch_size=64 --run-name small \\
       --continue-training
+  python train.py configs/cifar10.yml --dry-run --dollars-per-hour 3.50
   tensorboard --logdir lightning_logs
 """
 
@@ -60,8 +61,20 @@ def train(
             "folder, a safetensors file) start a new run: fine-tuning."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only measure: time, memory and cost of the run, from a few of its steps.",
+        ),
+    ] = False,
+    dollars_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="What all its hardware costs; implies --dry-run.")
+    ] = None,
 ):
     console = Console(quiet=not is_main_process(), highlight=False, soft_wrap=True)
+    if dry_run or dollars_per_hour is not None:
+        raise typer.Exit(measure_only(config_file, overrides or (), dollars_per_hour, console))
     run = None
     try:
         config = load_config(config_file, overrides or ())
@@ -93,6 +106,24 @@ def train(
     if run:
         console.print(f"run folder: {run}")
     raise typer.Exit(code)
+
+
+def measure_only(config_file: Path, overrides, dollars_per_hour, console: Console) -> int:
+    """What --dry-run does; the exit code."""
+    try:
+        config = load_config(config_file, overrides)
+        quiet_libraries()
+        from dry_run import rehearse
+
+        if is_main_process():
+            rehearse(config, console, dollars_per_hour=dollars_per_hour)
+    except KeyboardInterrupt:
+        console.print("stopped; nothing was written")
+        return 130
+    except Exception as error:
+        fail(error)
+        return 2 if isinstance(error, ValueError | OSError) else 1
+    return 0
 
 
 def fit(config: Config, run: Path, checkpoint_path: Path | None, weights, console: Console) -> int:

@@ -19,7 +19,11 @@ ALLOWED = {
     "weights": {"checkpoint", "config", "dialects"},
     "pl_utils": {"config", "dataset", "diffusion_utils", "model", "weights"},
     "trainer": {"callbacks", "checkpoint", "config"},
-    "train": {"callbacks", "checkpoint", "config", "pl_utils", "trainer", "weights"},
+    "dry_run": {
+        "callbacks", "checkpoint", "config", "dataset", "diffusion_utils", "model", "pl_utils",
+        "trainer",
+    },
+    "train": {"callbacks", "checkpoint", "config", "dry_run", "pl_utils", "trainer", "weights"},
     "sample": {"callbacks", "diffusion_utils", "pl_utils"},
     "convert": {"checkpoint", "config", "dialects", "pl_utils", "weights"},
 }
