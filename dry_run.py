@@ -1,10 +1,8 @@
 """What a run takes on this hardware, from a few of its own steps: time, memory, money."""
 
 import math
-import os
-import sys
 import tempfile
-import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +11,23 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks import preview_steps, preview_weights
 from checkpoint import write_checkpoint
 from config import Config, TrainingConfig
 from dataset import Pictures
 from diffusion_utils import from_uint8
+from hardware import (
+    count_flops,
+    device_name,
+    duration,
+    lacks_memory,
+    matmul_peak,
+    memory_there,
+    peak_memory,
+    si,
+    timed,
+)
 from model import UNet
 from pl_utils import DDPM, VALIDATE, Data
 from trainer import build_trainer
@@ -55,22 +61,6 @@ class Seconds(NamedTuple):
 # ---- arithmetic
 
 
-def count_flops(net: nn.Module, x: Tensor, t: Tensor) -> tuple[int, int]:
-    """FLOPs of net(x, t), and of that with its backward pass; a multiply-add is 2.
-
-    On the meta device nothing is computed. Attention is counted as the matrix products that it
-    is, since the counter does not know the CPU's fused kernel.
-    """
-    totals = []
-    for backward in (False, True):
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            y = net(x, t)
-            if backward:
-                getattr(y, "sample", y).sum().backward()
-        totals.append(counter.get_total_flops())
-    return totals[0], totals[1]
-
-
 def flops_per_picture(config: Config) -> tuple[int, int]:
     """FLOPs of one picture: forward, and in training without what checkpointing repeats."""
     data = config.dataset
@@ -102,94 +92,16 @@ def price(hours: float, dollars_per_hour: float | None, quote: Quote | None) -> 
         if quote:
             known += (
                 f"; a TPU run of it is quoted at ${quote.dollars:g}, which is "
-                f"${quote.dollars / hours:,.2f} an hour here"
+                f"${quote.dollars / hours:,.3g} an hour here"
             )
         return known
     dollars = hours * dollars_per_hour
     text = f"${dollars:,.2f} at ${dollars_per_hour:,.2f} an hour"
     if quote and dollars:
         ratio = quote.dollars / dollars
-        compared = f"{ratio:.1f}x less" if ratio >= 1 else f"{1 / ratio:.1f}x more"
+        compared = f"{ratio:,.1f}x less" if ratio >= 1 else f"{1 / ratio:,.1f}x more"
         text += f", {compared} than the ${quote.dollars:g} that a TPU run of it is quoted at"
     return text
-
-
-def duration(seconds: float) -> str:
-    """'15.1 ms', '3.2 s', '4 min 10 s', '3 h 24 min', '36 d 4 h'."""
-    if seconds < 1:
-        return f"{seconds * 1000:.3g} ms"
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
-    i = next(i for i, (_, size) in enumerate(units) if seconds >= size)
-    (unit, size), (small_unit, small) = units[i], units[i + 1]
-    big, rest = divmod(round(seconds / small), size // small)
-    return f"{big:,} {unit} {rest} {small_unit}"
-
-
-def si(value: float, unit: str) -> str:
-    """'12.44 GFLOP'."""
-    power = min(6, max(0, int(math.log10(value) // 3))) if value >= 1 else 0
-    return f"{value / 1000**power:,.4g} {' kMGTPE'[power].strip()}{unit}"
-
-
-# ---- the hardware
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds until `run` is done, on the device too."""
-    synchronize(device)
-    began = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - began
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of five blocks of large square matrix products."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    once = min(timed(lambda: a @ b, device) for _ in range(2))
-    count = max(1, round(0.1 / once))
-    block = lambda: [torch.mm(a, b, out=c) for _ in range(count)]
-    c = torch.empty_like(a)
-    return 2 * n**3 * count / min(timed(block, device) for _ in range(5))
-
-
-def peak_memory(device: torch.device) -> float:
-    """Bytes: on CUDA what tensors held at most, elsewhere the largest this process has been."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def memory_there(device: torch.device) -> float:
-    """Bytes of the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):  # Windows
-        return math.nan
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-
-
-def lacks_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 # ---- the run, in small
@@ -206,10 +118,12 @@ def _refuse(*_, **__):
 class Rehearsal:
     """Steps of a run with its own sizes, without Lightning, and with nothing written."""
 
-    def __init__(self, config: Config, folder: Path):
-        trainer = build_trainer(config, folder / "run", Console(quiet=True))
+    def __init__(self, config: Config):
+        self.results = Path(config.training.results_folder).absolute()
+        trainer = build_trainer(config, self.results / "dry-run", Console(quiet=True))
         self.device, self.ranks = trainer.strategy.root_device, trainer.world_size
         self.share = config.training.batch_size // self.ranks
+        self.at_once = min(config.training.micro_batch_size or self.share, self.share)
         self.data, self.stand_in = open_data(config, self.ranks)
         self.batches = iter(self.data.train_dataloader())
         self.ddpm = DDPM(config).to(self.device)
@@ -241,7 +155,7 @@ class Rehearsal:
                 )
             smaller = max(d for d in range(1, micro // 2 + 1) if self.share % d == 0)
             self.notes = [
-                f"{training.micro_batch_size or self.share} pictures at a time do not fit; "
+                f"{self.at_once} pictures at a time do not fit; "
                 f"training.micro_batch_size={smaller} does, and is the same step (measured so)"
             ]
             changed = training.model_copy(update={"micro_batch_size": smaller})
@@ -254,7 +168,7 @@ class Rehearsal:
         """Seconds of one set of preview pictures, from about this share of the network calls."""
         steps = preview_steps(self.ddpm.diffusion)
         images = self.ddpm.config.training.preview_images
-        calls = min(len(steps), max(2, round(share * len(steps))))
+        calls = min(len(steps), math.ceil(share * len(steps)))
         some = min(images, max(1, round(share * images * len(steps) / calls)))
         self.ddpm.eval()
         run = lambda: self.ddpm.sample(steps[:calls], list(range(some))).cpu()
@@ -263,7 +177,7 @@ class Rehearsal:
             run()  # to warm up
         else:
             self.notes.append(
-                f"previews: scaled from {calls} steps of {some} pictures to {len(steps)} of {images}"
+                f"previews: scaled from {calls} x {some} network calls to {len(steps)} x {images}"
             )
         seconds = timed(run, self.device)
         self.ddpm.train()
@@ -282,17 +196,19 @@ class Rehearsal:
 
         return timed(run, self.device) / len(batch)
 
-    def checkpoint(self, folder: Path) -> tuple[float, int]:
-        """Seconds and bytes of one, written as a run does and forced to disk."""
-        path = folder / "step.ckpt"
+    def checkpoint(self) -> tuple[float, int]:
+        """Seconds and bytes of one, written as a run does on the same disk, and deleted."""
         contents = {
             "global_step": self.step,
             "state_dict": self.ddpm.state_dict(),
             "optimizer_states": [self.optimizer.state_dict()],
             "hyper_parameters": self.ddpm.config.model_dump(mode="json"),
         }
-        seconds = timed(lambda: write_checkpoint(contents, path), self.device)
-        return seconds, path.stat().st_size
+        home = next(p for p in (self.results, *self.results.parents) if p.is_dir())
+        with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=home) as folder:
+            path = Path(folder, "step.ckpt")
+            seconds = timed(lambda: write_checkpoint(contents, path), self.device)
+            return seconds, path.stat().st_size
 
 
 def open_data(config: Config, ranks: int) -> tuple[Data, str]:
@@ -318,13 +234,9 @@ def rehearse(config: Config, console: Console, *, dollars_per_hour: float | None
         ValueError: hardware that is not there, a batch that it cannot share, damaged pictures, or
             a network too large for it. OSError: a folder for checkpoints that cannot be written.
     """
-    home = Path(config.training.results_folder).absolute()
-    home = next(folder for folder in (home, *home.parents) if folder.is_dir())
-    with (
-        tempfile.TemporaryDirectory(prefix=".dry-run-", dir=home) as folder,
-        console.status("building the network") as status,
-    ):
-        rows = measure(config, Path(folder), dollars_per_hour, status.update)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    with console.status("building the network") as status:
+        rows = measure(config, dollars_per_hour, status.update)
     if not console.is_terminal:
         for name, text in rows:
             console.print(f"{name}: {text}")
@@ -336,35 +248,38 @@ def rehearse(config: Config, console: Console, *, dollars_per_hour: float | None
 
 
 def measure(
-    config: Config, folder: Path, dollars_per_hour: float | None, say: Callable[[str], None]
+    config: Config, dollars_per_hour: float | None, say: Callable[[str], None]
 ) -> list[tuple[str, str]]:
     """What a run takes, as rows of a name and a text."""
     forward, flops = flops_per_picture(config)
-    run = Rehearsal(config, folder)
+    run = Rehearsal(config)
     training, device, share = config.training, run.device, run.share
 
-    part = share
-    if device.type != "cuda":
-        say("one picture")
-        run.steps(1, 1)
-        one = timed(lambda: run.steps(1, 1), device)
+    part = count = 1
+    if device.type == "cuda":
+        part = share
+    else:
+        say("a step of one picture")
+        first = measured = run.fit_into_memory(1)
+        if first < LONG:
+            measured = timed(lambda: run.steps(1, 1), device)
+            part = min(share, max(2, int(LONG / measured)))
         small = peak_memory(device)
-        part = min(share, max(2, int(LONG / one)))
-    say("training steps")
-    run.ddpm.on_fit_start()
-    first = again = run.fit_into_memory(part)
-    if first < LONG or training.compile:
+    if part > 1 or share == 1:
+        say("training steps")
+        run.ddpm.on_fit_start()
+        first = run.fit_into_memory(part)
         again = timed(lambda: run.steps(1, part), device)
-    count = max(1, min(200, round(LONG / 2 / again)))
-    measured = timed(lambda: run.steps(count, part), device) / count
+        count = max(1, min(200, round(LONG / 2 / again)))
+        measured = timed(lambda: run.steps(count, part), device) / count if count > 1 else again
     step = measured * share / part
     memory = peak_memory(device)
     training = run.ddpm.config.training
     at_once = min(training.micro_batch_size or share, share)
-    if part < at_once:  # what each further picture took
-        memory = memory + (memory - small) / (part - 1) * (at_once - part)
+    if 1 < part < at_once:  # what each further picture took
+        memory += (memory - small) / (part - 1) * (at_once - part)
     if part < share:
-        run.notes.append(f"steps: scaled from {part} pictures to {share}")
+        run.notes.append(f"steps: scaled from {part} of the {share} pictures")
     if memory > memory_there(device):
         fits = [d for d in range(1, part + 1) if share % d == 0]
         run.notes.append(
@@ -384,7 +299,7 @@ def measure(
     if training.validate_every and counts["validation"]:
         validation = run.validation(part) * counts["validation"] / run.ranks
     say("a checkpoint")
-    checkpoint, size = run.checkpoint(folder)
+    checkpoint, size = run.checkpoint()
     say("matrix products")
     dtype = torch.bfloat16 if run.ddpm.bf16 else torch.float32
     peak = matmul_peak(device, dtype)
@@ -402,7 +317,7 @@ def measure(
         hardware += f"; one of {run.ranks} was measured, without the exchange of gradients"
     shape = f"{config.dataset.channels}x{config.dataset.image_size}x{config.dataset.image_size}"
     after = f", after a first one of {duration(first)}"
-    about = "about " if part < at_once else ""
+    about = "" if part == at_once else "at least " if part == 1 else "about "
     rows = [
         ("hardware", hardware),
         ("data", data),
