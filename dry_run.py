@@ -88,13 +88,10 @@ def project(training: TrainingConfig, once: Seconds) -> Seconds:
 def price(hours: float, dollars_per_hour: float | None, quote: Quote | None) -> str:
     """What `hours` cost, beside what the run is quoted at."""
     if dollars_per_hour is None:
-        known = "give --dollars-per-hour"
-        if quote:
-            known += (
-                f"; a TPU run of it is quoted at ${quote.dollars:g}, which is "
-                f"${quote.dollars / hours:,.3g} an hour here"
-            )
-        return known
+        if not quote:
+            return "give --dollars-per-hour"
+        rate = f"${quote.dollars:g}, which is ${quote.dollars / hours:,.3g} an hour here"
+        return f"give --dollars-per-hour; a TPU run of it is quoted at {rate}"
     dollars = hours * dollars_per_hour
     text = f"${dollars:,.2f} at ${dollars_per_hour:,.2f} an hour"
     if quote and dollars:
@@ -108,10 +105,10 @@ def price(hours: float, dollars_per_hour: float | None, quote: Quote | None) -> 
 
 
 class NotDecoded(Exception):
-    """The pictures have not been decoded into the cache yet."""
+    """The pictures are not in the cache yet."""
 
 
-def _refuse(*_, **__):
+def refuse_to_decode(*_, **__):
     raise NotDecoded("they are not decoded yet")
 
 
@@ -218,7 +215,7 @@ def open_data(config: Config, ranks: int) -> tuple[Data, str]:
     try:
         if keys.name != "digits" and not Path(keys.root).exists():
             raise FileNotFoundError(f"{keys.root} (dataset.root) does not exist")
-        data.pictures = data._load(progress=_refuse)
+        data.pictures = data._load(progress=refuse_to_decode)
     except (FileNotFoundError, NotDecoded) as error:
         reason = str(error).partition(";")[0]
         shape = (config.training.batch_size, keys.channels, keys.image_size, keys.image_size)
@@ -236,7 +233,8 @@ def rehearse(config: Config, console: Console, *, dollars_per_hour: float | None
     """
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     with console.status("building the network") as status:
-        rows = measure(config, dollars_per_hour, status.update)
+        found = measure(config, status.update)
+    rows = describe(config, found, dollars_per_hour)
     if not console.is_terminal:
         for name, text in rows:
             console.print(f"{name}: {text}")
@@ -247,121 +245,154 @@ def rehearse(config: Config, console: Console, *, dollars_per_hour: float | None
     console.print(table, soft_wrap=False)
 
 
-def measure(
-    config: Config, dollars_per_hour: float | None, say: Callable[[str], None]
-) -> list[tuple[str, str]]:
-    """What a run takes, as rows of a name and a text."""
-    forward, flops = flops_per_picture(config)
+class Measured(NamedTuple):
+    """What `measure` found, of one device."""
+
+    hardware: str
+    peak: float  # FLOP/s of matrix products in the precision of the network
+    data: str
+    held_out: int
+    parameters: int
+    flops: tuple[int, int]  # of one picture: forward, in training
+    once: Seconds
+    first_step: float  # seconds
+    repeats: int
+    memory: str
+    checkpoint_size: int  # bytes
+    notes: list[str]
+
+
+def measure(config: Config, say: Callable[[str], None]) -> Measured:
+    """Run the parts of a run, as few as will do; `say` is told which."""
     run = Rehearsal(config)
     training, device, share = config.training, run.device, run.share
+    forward, flops = flops_per_picture(config)
 
-    part = count = 1
+    part = repeats = 1
     if device.type == "cuda":
         part = share
     else:
         say("a step of one picture")
-        first = measured = run.fit_into_memory(1)
+        first = seconds = run.fit_into_memory(1)
         if first < LONG:
-            measured = timed(lambda: run.steps(1, 1), device)
-            part = min(share, max(2, int(LONG / measured)))
+            seconds = timed(lambda: run.steps(1, 1), device)
+            part = min(share, max(2, int(LONG / seconds)))
         small = peak_memory(device)
     if part > 1 or share == 1:
         say("training steps")
         run.ddpm.on_fit_start()
         first = run.fit_into_memory(part)
-        again = timed(lambda: run.steps(1, part), device)
-        count = max(1, min(200, round(LONG / 2 / again)))
-        measured = timed(lambda: run.steps(count, part), device) / count if count > 1 else again
-    step = measured * share / part
-    memory = peak_memory(device)
-    training = run.ddpm.config.training
-    at_once = min(training.micro_batch_size or share, share)
-    if 1 < part < at_once:  # what each further picture took
-        memory += (memory - small) / (part - 1) * (at_once - part)
+        seconds = timed(lambda: run.steps(1, part), device)
+        repeats = max(1, min(200, round(LONG / 2 / seconds)))
+        if repeats > 1:
+            seconds = timed(lambda: run.steps(repeats, part), device) / repeats
     if part < share:
         run.notes.append(f"steps: scaled from {part} of the {share} pictures")
-    if memory > memory_there(device):
-        fits = [d for d in range(1, part + 1) if share % d == 0]
+
+    memory, there = peak_memory(device), memory_there(device)
+    at_once = min(run.ddpm.config.training.micro_batch_size or share, share)
+    about = "" if part >= at_once else "about " if part > 1 else "at least "
+    if 1 < part < at_once:  # what each further picture took
+        memory += (memory - small) / (part - 1) * (at_once - part)
+    if memory > there:
+        fits = max(d for d in range(1, part + 1) if share % d == 0)
         run.notes.append(
-            f"memory: {at_once} pictures at a time will not fit; "
-            f"training.micro_batch_size={max(fits)} does, and is the same step"
+            f"{at_once} pictures at a time will not fit; training.micro_batch_size={fits} does, "
+            "and is the same step"
         )
 
-    say("previews")
-    calls = training.preview_images * len(preview_steps(run.ddpm.diffusion)) * forward
-    rate = flops * part / measured  # FLOP/s
-    preview = run.preview(min(1.0, LONG / 2 * rate / calls)) if training.preview_every else 0.0
-    quote = QUOTES.get(config.dataset.name)
+    data, quote = config.dataset.name, QUOTES.get(config.dataset.name)
     counts = {key: len(pictures) for key, pictures in run.data.pictures.items()}
     if run.stand_in:
-        counts = quote.counts if quote else {"train": 0, "validation": 0}
-    validation = 0.0
+        counts = quote.counts if quote else counts
+        data = f"random pictures in place of {data}'s: {run.stand_in}"
+    else:
+        data += f", {counts['train']:,} pictures, {counts['validation']:,} held out"
+
+    preview = validation = 0.0
+    if training.preview_every:
+        say("previews")
+        calls = training.preview_images * len(preview_steps(run.ddpm.diffusion))
+        affordable = LONG / 2 * flops * part / seconds / forward
+        preview = run.preview(min(1.0, affordable / calls))
     if training.validate_every and counts["validation"]:
+        say("validation")
         validation = run.validation(part) * counts["validation"] / run.ranks
     say("a checkpoint")
     checkpoint, size = run.checkpoint()
     say("matrix products")
     dtype = torch.bfloat16 if run.ddpm.bf16 else torch.float32
     peak = matmul_peak(device, dtype)
-
-    whole = project(training, Seconds(step, preview, validation, checkpoint))
-    part_of = lambda seconds: f"{seconds / sum(whole):.2%}"
-    total_flops = flops * training.batch_size * training.max_steps
-    if quote and not math.isclose(total_flops / 1e18, quote.eflop, rel_tol=0.001):
-        quote = None
-    data = f"{config.dataset.name}, {counts['train']:,} pictures, {counts['validation']:,} held out"
-    if run.stand_in:
-        data = f"random pictures in place of {config.dataset.name}'s: {run.stand_in}"
     hardware = f"{device_name(device)}; {si(peak, 'FLOP/s')} in {str(dtype)[6:]} products"
     if run.ranks > 1:
         hardware += f"; one of {run.ranks} was measured, without the exchange of gradients"
-    shape = f"{config.dataset.channels}x{config.dataset.image_size}x{config.dataset.image_size}"
-    after = f", after a first one of {duration(first)}"
-    about = "" if part == at_once else "at least " if part == 1 else "about "
+    return Measured(
+        hardware=hardware,
+        peak=peak * run.ranks,
+        data=data,
+        held_out=counts["validation"],
+        parameters=sum(p.numel() for p in run.ddpm.unet.parameters()),
+        flops=(forward, flops),
+        once=Seconds(seconds * share / part, preview, validation, checkpoint),
+        first_step=first,
+        repeats=repeats,
+        memory=f"{about}{memory / 2**30:.2f} of {there / 2**30:.1f} GiB",
+        checkpoint_size=size,
+        notes=run.notes,
+    )
+
+
+def describe(
+    config: Config, found: Measured, dollars_per_hour: float | None
+) -> list[tuple[str, str]]:
+    """What the whole run takes, as rows of a name and a text."""
+    training, once = config.training, found.once
+    whole = project(training, once)
+    share = lambda seconds: f"{seconds / sum(whole):.2%} of the time"
+    forward, flops = found.flops
+    step_flops = flops * training.batch_size
+    run_flops = step_flops * training.max_steps
+    quote = QUOTES.get(config.dataset.name)
+    if quote and not math.isclose(run_flops / 1e18, quote.eflop, rel_tol=0.001):
+        quote = None  # of another run
+
     rows = [
-        ("hardware", hardware),
-        ("data", data),
+        ("hardware", found.hardware),
+        ("data", found.data),
         (
             "network",
-            f"{sum(p.numel() for p in run.ddpm.unet.parameters()):,} parameters; {shape} pictures: "
-            f"{si(forward, 'FLOP')} forward, {si(flops, 'FLOP')} in training, each",
+            f"{found.parameters:,} parameters; a picture of {config.dataset.image_size}x"
+            f"{config.dataset.image_size} is {si(forward, 'FLOP')} forward, "
+            f"{si(flops, 'FLOP')} in training",
         ),
         (
             "step",
-            f"{duration(step)} for {training.batch_size} pictures and "
-            f"{si(flops * training.batch_size, 'FLOP')}: mean of {count}{after}",
+            f"{duration(once.step)} for {training.batch_size} pictures, {si(step_flops, 'FLOP')}; "
+            f"mean of {found.repeats}, the first took {duration(found.first_step)}",
         ),
         (
             "speed",
-            f"{training.batch_size / step:,.4g} images/s, {flops * share / step / peak:.1%} of "
-            "the matrix products' speed (MFU)",
+            f"{training.batch_size / once.step:,.4g} images/s, "
+            f"{step_flops / once.step / found.peak:.1%} of the matrix products' speed (MFU)",
         ),
-        ("memory", f"{about}{memory / 2**30:.2f} of {memory_there(device) / 2**30:.1f} GiB"),
-        (
-            "previews",
-            f"{duration(preview)} for {training.preview_images} pictures, every "
-            f"{training.preview_every:,} steps: {part_of(whole.preview)}"
-            if preview
-            else "none",
-        ),
-        (
-            "validation",
-            f"{duration(validation)} for {counts['validation']:,} pictures, every "
-            f"{training.validate_every:,} steps: {part_of(whole.validation)}"
-            if validation
-            else "none",
-        ),
-        (
-            "checkpoints",
-            f"{duration(checkpoint)} for {size / 1e6:,.4g} MB, "
-            + (f"every {training.save_every:,} steps" if training.save_every else "at the end")
-            + f": {part_of(whole.checkpoint)}; {training.keep_checkpoints} are kept",
-        ),
+        ("memory", found.memory),
+    ]
+    beside = [
+        (f"{training.preview_images} pictures", training.preview_every),
+        (f"{found.held_out:,} pictures", training.validate_every),
+        (f"{found.checkpoint_size / 1e6:,.4g} MB", training.save_every),
+    ]
+    names = Seconds._fields[1:]
+    for name, (what, every), seconds, total in zip(names, beside, once[1:], whole[1:], strict=True):
+        when = f"every {every:,} steps" if every else "at the end"
+        text = f"{duration(seconds)} for {what}, {when}: {share(total)}"
+        rows.append((name, text if seconds else "none"))
+    rows += [
         (
             "run",
-            f"{duration(sum(whole))} for {training.max_steps:,} steps and "
-            f"{si(total_flops, 'FLOP')}; {part_of(sum(whole[1:]))} of it beside the steps",
+            f"{duration(sum(whole))} for {training.max_steps:,} steps, {si(run_flops, 'FLOP')}; "
+            f"all but the steps is {share(sum(whole[1:]))}",
         ),
         ("cost", price(sum(whole) / 3600, dollars_per_hour, quote)),
     ]
-    return rows + [("note", note) for note in run.notes]
+    return rows + [("note", note) for note in found.notes]

@@ -106,8 +106,8 @@ def test_it_prints_all_and_leaves_nothing(place, monkeypatch):
     output = invoke(f"{SMOKE} {every} --dollars-per-hour 2", place, monkeypatch, code=0)
     rows = dict(line.split(": ", 1) for line in output.splitlines())
     assert list(rows)[:11] == [
-        "hardware", "data", "network", "step", "speed", "memory", "previews", "validation",
-        "checkpoints", "run", "cost",
+        "hardware", "data", "network", "step", "speed", "memory", "preview", "validation",
+        "checkpoint", "run", "cost",
     ]  # fmt: skip
     assert rows["network"].startswith("44,969 parameters")
     assert "1,617 pictures, 180 held out" in rows["data"]
