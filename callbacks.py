@@ -14,7 +14,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -88,12 +88,17 @@ class Checkpoints(pl.Callback):
         if self._main:
             os.write(2, b"\nsaving after this step; a second signal ends at once\n")
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+    def signalled(self) -> int:
+        """The signal that any rank has received, or 0; all ranks ask together."""
         signum = self._received
         if self._hosts:
             flag = torch.tensor(signum)
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._hosts)
             signum = int(flag)
+        return signum
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        signum = self.signalled()
         step, every = trainer.global_step, self.config.save_every
         if signum or step == trainer.max_steps or (every and step % every == 0):
             self._save(trainer)
@@ -187,8 +192,8 @@ def requeue_slurm_job() -> None:
 class Monitor(pl.Callback):
     """Reads the sums at intervals, sends them to the loggers, moves the bar or prints a line."""
 
-    def __init__(self, config: Config, console: Console):
-        self.whole, self.config, self.console = config, config.training, console
+    def __init__(self, config: Config, run: Path, console: Console):
+        self.whole, self.config, self.run, self.console = config, config.training, run, console
         self.bar: Progress | None = None
 
     def on_train_start(self, trainer, module) -> None:
@@ -214,7 +219,7 @@ class Monitor(pl.Callback):
         counts = {key: len(pictures) for key, pictures in trainer.datamodule.pictures.items()}
         parameters = sum(p.numel() for p in module.unet.parameters())
         share = training.batch_size // trainer.world_size
-        micro = training.micro_batch_size or share
+        micro = module.micro or share
         epochs = training.max_steps * training.batch_size / counts["train"]
         self.console.print(
             f"data: {data.name}, {counts['train']:,} pictures of "
@@ -228,13 +233,15 @@ class Monitor(pl.Callback):
             f"{training.learning_rate:g}, EMA {training.ema_decay}, seed {training.seed}"
         )
         if trainer.is_global_zero:  # a folder with this file holds a run
-            folder = Path(trainer.logger.log_dir)
-            (folder / ".config.tmp").write_text(to_yaml(self.whole), encoding="utf-8")
-            (folder / ".config.tmp").replace(folder / "config.yml")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            self.run.mkdir(parents=True, exist_ok=True)
+            (self.run / ".config.tmp").write_text(to_yaml(self.whole), encoding="utf-8")
+            (self.run / ".config.tmp").replace(self.run / "config.yml")
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
                 text = "\n".join(f"    {line}" for line in to_yaml(self.whole).splitlines())
                 logger.experiment.add_text("config", text, trainer.global_step)
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(self.whole.model_dump(), allow_val_change=True)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
@@ -307,6 +314,9 @@ class Previews(pl.Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image(f"samples/{weights}", grid, step)
+                if isinstance(logger, WandbLogger):
+                    picture = grid.permute(1, 2, 0).numpy()
+                    logger.log_image(f"samples/{weights}", [picture], step)
         module.weights = "ema"
         module.train()
 

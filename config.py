@@ -13,73 +13,157 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
 class Section(BaseModel):
     """Frozen, no unknown keys, no silent conversions but int -> float."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # they become the comments of `to_yaml`
+    )
+
+
+WITH_TEST_SET = ("mnist", "fashion-mnist", "cifar10", "flowers102")
 
 
 class DatasetConfig(Section):
     """Where pictures come from and what they are cut to."""
 
-    name: Literal["digits", "cifar10", "celebahq", "folder"]
+    name: Literal[
+        "digits", "mnist", "fashion-mnist", "cifar10", "flowers102", "celebahq",
+        "lsun-church", "lsun-bedroom", "lsun-cat",
+        "folder", "zip", "tar", "npy", "npz", "huggingface",
+    ]  # fmt: skip
+    """which pictures; folder, zip, npy, ... are your own"""
     root: str = "data"
+    """where they are, or are fetched to"""
     image_size: int = Field(ge=4)
+    """height and width, in pixels"""
     channels: int = Field(3, ge=1, le=4)
+    """1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha"""
+    fit: Literal["crop", "pad"] = "crop"
+    """crop the centre, or pad with black"""
     random_flip: bool = True
+    """mirror half of the training pictures"""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
+    """held out, where the set has no test set of its own"""
     cache: str = "data/cache"
+    """folder of decoded pictures"""
+
+    @model_validator(mode="after")
+    def _test_sets_are_held_out(self):
+        if self.validation_fraction and self.name in WITH_TEST_SET:
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}; {self.name} holds out its own "
+                "test set: leave it at 0"
+            )
+        return self
 
 
 class ModelConfig(Section):
     """The attention U-Net (Ho et al. 2020, appendix B)."""
 
     base_channels: int = Field(128, ge=4)
+    """width before the multipliers"""
     channel_multipliers: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 2, 2], min_length=1)
+    """width of each level, finest first"""
     num_res_blocks: int = Field(2, ge=1)
+    """residual blocks a level"""
     attention_resolutions: list[int] = [16]
+    """feature sizes with self-attention"""
     dropout: float = Field(0.1, ge=0, lt=1)
+    """inside the residual blocks"""
 
 
 class DiffusionConfig(Section):
     """The forward process q."""
 
     timesteps: int = Field(1000, ge=1)
+    """T"""
     beta_schedule: Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine"] = (
         "linear"
     )
+    """linear is the paper's; quad, const, warmup10, warmup50, jsd, cosine"""
     beta_start: float = Field(1e-4, gt=0, le=1)
+    """beta of the first step"""
     beta_end: float = Field(0.02, gt=0, le=1)
+    """beta of the last step"""
 
 
 class TrainingConfig(Section):
     """Optimisation, hardware, and how often to do what. `batch_size` is that of all devices."""
 
     seed: int = Field(0, ge=0)
+    """of everything random"""
     batch_size: int = Field(128, ge=1)
+    """of all devices together"""
     micro_batch_size: int | None = Field(None, ge=1)
+    """pictures at a time on a device; null is as many as fit"""
     max_steps: int = Field(ge=1)
+    """updates, then it ends"""
     learning_rate: float = Field(2e-4, gt=0)
+    """of Adam, after the warm-up"""
     warmup_steps: int = Field(5000, ge=0)
+    """linear from 0"""
     gradient_clip_norm: float | None = Field(1.0, gt=0)
+    """of the global batch's gradient; null is none"""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
+    """of the average that samples, each step"""
     max_skipped_steps: int = Field(20, ge=1)
+    """in a row without a finite gradient, then the run stops"""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    compile: bool = False
+    """auto: bf16-mixed where the hardware multiplies it, else 32-true"""
+    compile: bool | Literal["auto"] = "auto"
+    """auto: on CUDA, for 10,000 steps and more"""
+    activation_checkpointing: bool = False
+    """less memory, a third more time"""
     num_workers: int = Field(0, ge=0)
+    """processes that load pictures"""
     log_every: int = Field(100, ge=1)
+    """steps"""
     validate_every: int = Field(10_000, ge=0)
+    """steps; 0 is never"""
     preview_every: int = Field(5000, ge=0)
+    """steps; 0 is never"""
     preview_images: int = Field(36, ge=1)
+    """in the grid"""
+    evaluate_every: int = Field(0, ge=0)
+    """steps; 0 is never"""
+    evaluate_images: int = Field(1000, ge=2)
+    """for each evaluation"""
+    extractor: str = "inception-v3-compat"
+    """of features: torch-fidelity's name, or a TorchScript file"""
     save_every: int = Field(5000, ge=0)
+    """steps; 0 is at the end only"""
     keep_checkpoints: int = Field(3, ge=1)
+    """the newest so many"""
+    logger: list[Literal["tensorboard", "csv", "wandb"]] = Field(["tensorboard"], min_length=1)
+    """tensorboard, csv, wandb; one or several"""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """auto, cpu, gpu or mps"""
     devices: int | Literal["auto"] = "auto"
+    """of each node; auto is all GPUs"""
     num_nodes: int = Field(1, ge=1)
+    """machines"""
     results_folder: str = "lightning_logs"
+    """where runs go"""
+
+    @field_validator("logger", mode="before")
+    @classmethod
+    def _one_logger(cls, value):
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _micro_batch_divides(self):
@@ -98,10 +182,15 @@ class SamplingConfig(Section):
     """The reverse process: what `sample.py` does unless told otherwise."""
 
     sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"
+    """ddpm, ddim or dpm++"""
     variance: Literal["large", "small"] = "large"
+    """of ddpm: large (the paper's CIFAR-10) or small (its 256x256)"""
     eta: float = Field(0.0, ge=0, le=1)
+    """of ddim: 0 no noise, 1 as ddpm small"""
     timesteps: int | None = Field(None, ge=1)
+    """steps of a chain; null is all T"""
     spacing: Literal["trailing", "uniform", "quadratic", "logsnr"] = "trailing"
+    """which of the T steps, when fewer: trailing, uniform, quadratic, logsnr"""
 
 
 class Config(Section):
@@ -250,8 +339,21 @@ def did_you_mean(word: str, known) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved config, every default written out, with what each key means."""
+    lines = []
+    for section, values in config.model_dump(mode="json").items():
+        fields = Config.model_fields[section].annotation.model_fields
+        lines.append(f"{section}:")
+        for key, value in values.items():
+            text = yaml.safe_dump([value], default_flow_style=True, width=1000).strip()[1:-1]
+            lines.append(f"  {f'{key}: {text}':<34}  # {fields[key].description}")
+    return "\n".join(lines) + "\n"
+
+
+def first_comment(path: Path) -> str:
+    """What a config says of itself on its first line."""
+    line = path.read_text(encoding="utf-8").partition("\n")[0]
+    return line.removeprefix("#").strip() if line.startswith("#") else ""
 
 
 # What may change between two parts of one run without changing what it computes

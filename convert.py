@@ -153,8 +153,7 @@ def summary(ddpm) -> str:
 
 def tensors(ddpm) -> dict:
     """Those that sample, in the order of their names' layers, contiguous."""
-    net = ddpm.ema if ddpm.weights == "ema" else ddpm.unet
-    return {name: value.contiguous() for name, value in net.state_dict().items()}
+    return {name: value.contiguous() for name, value in ddpm.net.state_dict().items()}
 
 
 def check_same(ddpm, path: Path) -> None:
@@ -266,13 +265,12 @@ def write_onnx(ddpm, path: Path, _: str) -> None:
         ) from None
     import torch
 
-    net = ddpm.ema if ddpm.weights == "ema" else ddpm.unet
     shape = (ddpm.config.dataset.channels, *[ddpm.config.dataset.image_size] * 2)
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(0, ddpm.diffusion.timesteps - 1, 3).long()
     batch = torch.export.Dim("batch")
     torch.onnx.export(
-        net,
+        ddpm.net,
         (x[:2], t[:2]),
         path,
         input_names=["x", "t"],
@@ -284,7 +282,7 @@ def write_onnx(ddpm, path: Path, _: str) -> None:
     )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for count in (1, 3):
-        ours = net(x[:count], t[:count])
+        ours = ddpm.net(x[:count], t[:count])
         (other,) = session.run(None, {"x": x[:count].numpy(), "t": t[:count].numpy()})
         error = (ours - torch.from_numpy(other)).abs().max() / ours.abs().max()
         if not error < 1e-4:

@@ -1,4 +1,4 @@
-"""The diffusion process: q, the loss, samplers as step tables, and the one loop that walks them.
+"""The diffusion process: q, the loss, its bound, samplers as step tables, and their loop.
 
 | symbol          | name here         | source                                    |
 |-----------------|-------------------|-------------------------------------------|
@@ -9,6 +9,8 @@
 | x_0 from eps    | `predict_x_0`     | Eq. 15                                    |
 | p(x_s \\| x_t)   | `make_steps`      | Eq. 6, 7 and Algorithm 2; DDIM Eq. 12, 16; |
 |                 | and `reverse`     | DPM-Solver++ (Lu et al. 2022) Algorithm 2 |
+| L_T             | `prior_term`      | Eq. 5                                     |
+| L_{t-1}, L_0    | `bound_term`      | Eq. 5, 8 and 13                           |
 
 `t` is 0-based, as in the official code: t = 0 is one step of noise, t = T - 1 the last, and the
 data itself is index -1 with `alpha_bar(-1) = 1`. Equations are of Ho et al. 2020 unless named.
@@ -127,6 +129,65 @@ class GaussianDiffusion:
         eps_hat = eps_model(self.q_sample(x_0, t, eps), t)
         return (eps.float() - eps_hat.float()).square().mean(dim=(1, 2, 3))
 
+    # ---- the variational bound (Eq. 5), in bits per dimension
+
+    def posterior(self, t: int) -> tuple[float, float, float]:
+        """q(x_{t-1} | x_t, x_0), Eq. 6 and 7: of mean c_t x_t + c_0 x_0: c_t, c_0, variance."""
+        a_t, a_s, beta = self.alpha_bar(t), self.alpha_bar(t - 1), float(self.betas[t])
+        c_t = (1 - a_s) * math.sqrt(1 - beta) / (1 - a_t)
+        return c_t, beta * math.sqrt(a_s) / (1 - a_t), beta * (1 - a_s) / (1 - a_t)
+
+    def model_variance(self, t: int, variance: str) -> float:
+        """Of p(x_{t-1} | x_t): beta_t where `variance` is large, the posterior's where small.
+
+        The posterior has none at t = 0; both take that of t = 1 there, as the official code does.
+        """
+        if t == 0 or variance == "small":
+            return self.posterior(max(t, 1))[2]
+        return float(self.betas[t])
+
+    def prior_term(self, x_0: Tensor, t: int) -> Tensor:
+        """L_T: KL(q(x_t | x_0) || N(0, I)) at the t where sampling starts; x_0: [B, ...] -> [B]."""
+        a = self.alpha_bar(t)
+        # KL of N(m, v) from N(0, 1) is (m^2 + v - 1 - log v) / 2, here with v = 1 - a
+        nats = 0.5 * (a * x_0.double().square() - a - math.log1p(-a))
+        return nats.flatten(1).mean(1) / math.log(2)
+
+    def bound_term(self, x_0: Tensor, x0_hat: Tensor, t: int, variance: str) -> Tensor:
+        """One term of Eq. 5: KL(q || p) of x_{t-1} given x_t; at t = 0 the decoder's L_0.
+
+        Args:
+            x_0: [B, ...], of 256 levels in [-1, 1]. x0_hat: the model's estimate of it from x_t.
+            variance: of p: `large` (fixedlarge) or `small` (fixedsmall).
+
+        Returns:
+            [B] float64.
+        """
+        x_0, x0_hat = x_0.double(), x0_hat.double()
+        v_p = self.model_variance(t, variance)
+        if t == 0:
+            nats = -log_discretised_gaussian(x_0, x0_hat, math.sqrt(v_p))
+        else:  # both means hold the same c_t x_t, Eq. 8
+            _, c_0, v_q = self.posterior(t)
+            nats = 0.5 * (v_q / v_p - 1 - math.log(v_q / v_p))
+            nats = nats + 0.5 * c_0**2 / v_p * (x_0 - x0_hat).square()
+        return nats.flatten(1).mean(1) / math.log(2)
+
+
+def log_discretised_gaussian(x: Tensor, mean: Tensor, std: float) -> Tensor:
+    """log p(x), Eq. 13: a Gaussian's mass in x's bin of 2 / 255, in nats, of x's shape.
+
+    As in the official code: the CDF by its tanh approximation, never less than 1e-12, the bins of
+    -1 and 1 open to the outside.
+    """
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    upper = torch.where(x > 0.999, 1.0, cdf((x - mean + 1 / 255) / std))
+    lower = torch.where(x < -0.999, 0.0, cdf((x - mean - 1 / 255) / std))
+    return torch.log(torch.clamp(upper - lower, min=1e-12))
+
 
 class Step(NamedTuple):
     """One step of a sampler: x_s = c_t x_t + c_0 x0_hat + c_1 x0_hat_previous + sigma z."""
@@ -237,7 +298,7 @@ def reverse(
     """Walk a step table from x_T to the data (Algorithm 2 for `ddpm` over all T).
 
     Args:
-        eps_model: (x_t [B, C, H, W], t [B]) -> eps_hat [B, C, H, W].
+        eps_model: (x_t [B, C, H, W], t: int) -> eps_hat [B, C, H, W].
         x_T: [B, C, H, W], standard normal.
         noise: step -> z [B, C, H, W]; asked once for each step whose sigma is not 0, in order.
         clip: x0_hat to [-1, 1] before it is used, as the official code does.
@@ -247,8 +308,7 @@ def reverse(
     """
     x, previous = x_T, None
     for step in steps:
-        t = torch.full((len(x),), step.t, device=x.device)
-        x0_hat = diffusion.predict_x_0(x, step.t, eps_model(x, t))
+        x0_hat = diffusion.predict_x_0(x, step.t, eps_model(x, step.t))
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
         x = step.c_t * x + step.c_0 * x0_hat

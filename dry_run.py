@@ -15,6 +15,7 @@ from rich.table import Table
 from callbacks import preview_steps, preview_weights
 from checkpoint import write_checkpoint
 from config import Config, TrainingConfig
+from data import Data
 from dataset import Pictures
 from diffusion_utils import from_uint8
 from hardware import (
@@ -29,7 +30,7 @@ from hardware import (
     timed,
 )
 from model import UNet
-from pl_utils import DDPM, VALIDATE, Data
+from pl_utils import DDPM, VALIDATE
 from trainer import build_trainer
 
 LONG = 10.0  # seconds; on a CPU, what would take longer is measured on a part and scaled
@@ -113,7 +114,7 @@ def refuse_to_decode(*_, **__):
 
 
 class Rehearsal:
-    """Steps of a run with its own sizes, without Lightning, and with nothing written."""
+    """Steps of a run with its own sizes, without Lightning's loop, and with nothing written."""
 
     def __init__(self, config: Config):
         self.results = Path(config.training.results_folder).absolute()
@@ -124,6 +125,8 @@ class Rehearsal:
         self.data, self.stand_in = open_data(config, self.ranks)
         self.batches = iter(self.data.train_dataloader())
         self.ddpm = DDPM(config).to(self.device)
+        self.ddpm.trainer = trainer
+        self.start = timed(self.ddpm.on_fit_start, self.device)  # seconds
         self.optimizer = self.ddpm.configure_optimizers()
         self.step = 0
         self.notes: list[str] = []
@@ -139,27 +142,28 @@ class Rehearsal:
         """The first step's seconds; in ever smaller micro-batches while memory does not suffice."""
         while True:
             try:
-                return timed(lambda: self.steps(1, part), self.device)
+                seconds = timed(lambda: self.steps(1, part), self.device)
+                break
             except RuntimeError as error:
                 if not lacks_memory(error):
                     raise
-            training = self.ddpm.config.training
-            micro = min(training.micro_batch_size or part, part)
+            micro = min(self.ddpm.micro, part)
             if micro == 1:
                 raise ValueError(
                     "not even one picture at a time fits into the memory of "
-                    f"{device_name(self.device)}; make the model or the pictures smaller"
+                    f"{device_name(self.device)}; try training.activation_checkpointing=true, or "
+                    "a smaller model"
                 )
-            smaller = max(d for d in range(1, micro // 2 + 1) if self.share % d == 0)
-            self.notes = [
-                f"{self.at_once} pictures at a time do not fit; "
-                f"training.micro_batch_size={smaller} does, and is the same step (measured so)"
-            ]
-            changed = training.model_copy(update={"micro_batch_size": smaller})
-            self.ddpm.config = self.ddpm.config.model_copy(update={"training": changed})
+            self.ddpm.micro = max(d for d in range(1, micro // 2 + 1) if self.share % d == 0)
             self.optimizer.zero_grad()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+        if self.ddpm.micro < self.at_once:
+            self.notes = [
+                f"{self.at_once} pictures at a time do not fit into memory; "
+                f"training.micro_batch_size={self.ddpm.micro} does, and is the same step (measured)"
+            ]
+        return seconds
 
     def preview(self, share: float) -> float:
         """Seconds of one set of preview pictures, from about this share of the network calls."""
@@ -180,18 +184,15 @@ class Rehearsal:
         self.ddpm.train()
         return seconds * len(steps) / calls * images / some
 
+    @torch.no_grad()
     def validation(self, part: int) -> float:
         """Seconds a held-out picture."""
-        batch = next(self.batches).to(self.device)[:part]
-        t, eps, _ = self.ddpm.draw(VALIDATE, 0, len(batch))
-        micro = self.ddpm.config.training.micro_batch_size or len(batch)
-
-        @torch.no_grad()
-        def run():
-            for parts in zip(from_uint8(batch).split(micro), t.split(micro), eps.split(micro)):  # noqa: B905
-                self.ddpm.diffusion.loss(self.ddpm, *parts)
-
-        return timed(run, self.device) / len(batch)
+        x_0 = from_uint8(next(self.batches).to(self.device)[:part])
+        t, eps, _ = self.ddpm.draw(VALIDATE, 0, part)
+        parts = [v.split(self.ddpm.micro) for v in (x_0, t, eps)]
+        loss = self.ddpm.diffusion.loss
+        run = lambda: [loss(self.ddpm, *v) for v in zip(*parts, strict=True)]
+        return timed(run, self.device) / part
 
     def checkpoint(self) -> tuple[float, int]:
         """Seconds and bytes of one, written as a run does on the same disk, and deleted."""
@@ -280,17 +281,18 @@ def measure(config: Config, say: Callable[[str], None]) -> Measured:
         small = peak_memory(device)
     if part > 1 or share == 1:
         say("training steps")
-        run.ddpm.on_fit_start()
         first = run.fit_into_memory(part)
         seconds = timed(lambda: run.steps(1, part), device)
         repeats = max(1, min(200, round(LONG / 2 / seconds)))
         if repeats > 1:
             seconds = timed(lambda: run.steps(repeats, part), device) / repeats
+    if training.evaluate_every:
+        run.notes.append("what training.evaluate_every asks for is not in it")
     if part < share:
         run.notes.append(f"steps: scaled from {part} of the {share} pictures")
 
     memory, there = peak_memory(device), memory_there(device)
-    at_once = min(run.ddpm.config.training.micro_batch_size or share, share)
+    at_once = min(run.ddpm.micro, share)
     about = "" if part >= at_once else "about " if part > 1 else "at least "
     if 1 < part < at_once:  # what each further picture took
         memory += (memory - small) / (part - 1) * (at_once - part)
@@ -334,7 +336,7 @@ def measure(config: Config, say: Callable[[str], None]) -> Measured:
         parameters=sum(p.numel() for p in run.ddpm.unet.parameters()),
         flops=(forward, flops),
         once=Seconds(seconds * share / part, preview, validation, checkpoint),
-        first_step=first,
+        first_step=run.start + first,
         repeats=repeats,
         memory=f"{about}{memory / 2**30:.2f} of {there / 2**30:.1f} GiB",
         checkpoint_size=size,

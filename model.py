@@ -10,6 +10,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from norm_silu import GroupNorm
 
 
 class UNet(nn.Module):
@@ -52,6 +55,7 @@ class UNet(nn.Module):
         if base_channels < 4:
             raise ValueError(f"base_channels {base_channels} is less than 4")
 
+        self.recompute = False  # activations in the backward pass, instead of keeping them
         self.channels = channels
         self.base_channels = base_channels
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
@@ -104,7 +108,7 @@ class UNet(nn.Module):
                 up.upsample = Upsample(width)
             self.up.insert(0, up)
 
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm_out = GroupNorm(groups, width)
         self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
         self._initialise()
 
@@ -120,12 +124,18 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(layer.weight, gain=1e-5 if silent else 1.0)
                 nn.init.zeros_(layer.bias)
 
+    def embed(self, t: Tensor) -> Tensor:
+        """t [B] -> [B, 4 base_channels], after the swish that every block would apply to it."""
+        temb = timestep_embedding(t, self.base_channels).to(self.conv_in.weight.dtype)
+        return F.silu(self.temb.dense[1](F.silu(self.temb.dense[0](temb))))
+
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The noise estimate.
 
         Args:
             x: x_t, [B, C, H, W]; H and W multiples of 2^(levels - 1).
-            t: [B], 0-based: 0 means one step of noise.
+            t: [B], or [1] for all, which is cheaper; 0-based: 0 means one step of noise. Or
+                what `embed` made of it.
 
         Returns:
             eps_hat, [B, C, H, W], in float32 also under autocast.
@@ -136,35 +146,38 @@ class UNet(nn.Module):
             raise ValueError(
                 f"pictures of {x.shape[2]}x{x.shape[3]}: sides must be multiples of {self.factor}"
             )
-        temb = timestep_embedding(t, self.base_channels)
-        temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb.to(self.conv_in.weight.dtype))))
-        temb = F.silu(temb)  # what every block applies first, once for all
+        temb = t if t.ndim == 2 else self.embed(t)
 
-        h = self.conv_in(x)
+        def run(layer: nn.Module, *inputs: Tensor) -> Tensor:
+            if self.recompute and torch.is_grad_enabled():
+                return checkpoint(layer, *inputs, use_reentrant=False)
+            return layer(*inputs)
+
+        h = self.conv_in(x.to(self.conv_in.weight.dtype))
         skips = [h]
         for down in self.down:
             for i, block in enumerate(down.block):
-                h = block(h, temb)
+                h = run(block, h, temb)
                 if down.attn:
-                    h = down.attn[i](h)
+                    h = run(down.attn[i], h)
                 skips.append(h)  # after the attention
             if hasattr(down, "downsample"):
                 h = down.downsample(h)
                 skips.append(h)
 
-        h = self.mid.block_1(h, temb)
-        h = self.mid.attn_1(h)
-        h = self.mid.block_2(h, temb)
+        h = run(self.mid.block_1, h, temb)
+        h = run(self.mid.attn_1, h)
+        h = run(self.mid.block_2, h, temb)
 
         for up in reversed(self.up):
             for i, block in enumerate(up.block):
-                h = block(torch.cat([h, skips.pop()], dim=1), temb)
+                h = run(block, torch.cat([h, skips.pop()], dim=1), temb)
                 if up.attn:
-                    h = up.attn[i](h)
+                    h = run(up.attn[i], h)
             if hasattr(up, "upsample"):
                 h = up.upsample(h)
 
-        return self.conv_out(F.silu(self.norm_out(h))).float()
+        return self.conv_out(self.norm_out(h)).float()
 
 
 class ResBlock(nn.Module):
@@ -172,20 +185,24 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, temb_width: int, groups: int, dropout: float):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)  # TensorFlow's eps, not PyTorch's 1e-5
+        self.norm1 = GroupNorm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.temb_proj = nn.Linear(temb_width, c_out)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = GroupNorm(groups, c_out)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """x: [B, c_in, H, W]; temb: [B, temb_width], after its swish -> [B, c_out, H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.temb_proj(temb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        """x: [B, c_in, H, W]; temb: [B or 1, temb_width], after its swish -> [B, c_out, H, W]."""
+        h, time = self.norm1(x), self.temb_proj(temb)
+        # the same for all: a part of the bias, and one pass over h less
+        if not torch.compiler.is_exporting() and len(time) == 1:
+            h = F.conv2d(h, self.conv1.weight, self.conv1.bias + time[0], padding=1)
+        else:
+            h = self.conv1(h) + time[:, :, None, None]
+        h = self.conv2(self.dropout(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -194,7 +211,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm = GroupNorm(groups, width, silu=False)
         self.q = nn.Conv2d(width, width, 1)
         self.k = nn.Conv2d(width, width, 1)
         self.v = nn.Conv2d(width, width, 1)
@@ -203,10 +220,26 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same."""
         h = self.norm(x)
-        # [B, C, H, W] -> [B, 1 head, H * W, C]
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k / sqrt(C)) v
-        return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
+        # [B, C, H, W] -> [B, H * W, C]
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if x.device.type == "cpu" and q.shape[1] <= 1024:  # the fused one's gradient is slower
+            scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[2])
+            h = torch.softmax(scores, -1, torch.float32).to(v.dtype) @ v
+        else:
+            h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Dropout(nn.Dropout):
+    """Dropout; on the CPU four 16-bit numbers come from each draw, which costs a third."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.p) or x.device.type != "cpu":
+            return super().forward(x)
+        draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+        numbers = draws.view(torch.int16)[: x.numel()].as_strided(x.shape, x.stride())
+        kept = numbers >= round(self.p * 2**16) - 2**15
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
 class Downsample(nn.Module):

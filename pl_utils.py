@@ -1,4 +1,4 @@
-"""Lightning's side of the model: the module, its data, and loading both from a checkpoint.
+"""Lightning's side of the model: the module, and loading it from files.
 
 Everything random in a step is drawn from (seed, step) for the whole global batch, and each rank
 takes its rows; the order of the data is a function of the step too. So a run is a function of its
@@ -7,23 +7,19 @@ config: stopping, resuming, validating and looking at samples leave no trace in 
 
 import copy
 import math
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
-from rich.progress import track
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
 from config import Config
-from dataset import Pictures, StepSampler, load_pictures
 from diffusion_utils import GaussianDiffusion, Step, from_uint8, reverse, to_uint8
 from model import UNet
 from weights import Source, copy_tensors, read_source
@@ -58,6 +54,7 @@ class DDPM(pl.LightningModule):
         self.ema = copy.deepcopy(self.unet).requires_grad_(False).eval()
         self.diffusion = GaussianDiffusion(**config.diffusion.model_dump())
         self.weights = "ema"  # which of the two `forward` uses
+        self.micro = config.training.micro_batch_size
         self.trained_steps, self.notes = 0, []  # of weights from a file
         # sums since the last log: loss, gradient norm, steps, skipped steps
         self.register_buffer("tally", torch.zeros(4), persistent=False)
@@ -70,9 +67,15 @@ class DDPM(pl.LightningModule):
         self.ema.eval()
         return self
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """eps_hat [B, C, H, W] of the chosen weights; x: [B, C, H, W], t: [B], 0-based."""
-        return self.run(self.ema if self.weights == "ema" else self.unet, x, t)
+    def forward(self, x: Tensor, t: Tensor | int) -> Tensor:
+        """eps_hat [B, C, H, W] of the chosen weights; x: [B, C, H, W], t: [B] or one, 0-based."""
+        t = torch.full((1,), t, device=x.device) if isinstance(t, int) else t
+        return self.run(self.net, x, t)
+
+    @property
+    def net(self) -> UNet:
+        """The chosen weights."""
+        return self.ema if self.weights == "ema" else self.unet
 
     def run(self, net: UNet, x: Tensor, t: Tensor) -> Tensor:
         """`net(x, t)` at the configured precision."""
@@ -86,8 +89,44 @@ class DDPM(pl.LightningModule):
         return precision == "bf16-mixed" or (precision == "auto" and has_bf16(self.device))
 
     def on_fit_start(self) -> None:
-        if self.config.training.compile:
+        """Compile, and find micro-batches that fit, before the first step."""
+        training = self.config.training
+        left = training.max_steps - self.trainer.global_step
+        self.unet.recompute = training.activation_checkpointing
+        self.micro = training.micro_batch_size or training.batch_size // self.trainer.world_size
+        on_cuda = self.device.type == "cuda"
+        if training.compile is True or (training.compile == "auto" and on_cuda and left >= 10_000):
             self.unet.compile()  # in place: no name changes
+        elif not on_cuda:
+            return
+        while not self._fits():
+            self.micro //= 2
+        smallest = self.trainer.strategy.reduce(-torch.tensor(float(self.micro)), reduce_op="max")
+        self.micro = -int(smallest)
+
+    def _fits(self) -> bool:
+        """One gradient of a micro-batch: whether memory holds it. Compiles, or gives it up."""
+        training, data = self.config.training, self.config.dataset
+        x = torch.zeros(self.micro, data.channels, *[data.image_size] * 2, device=self.device)
+        t = torch.zeros(self.micro, dtype=torch.long, device=self.device)
+        try:
+            loss = self.diffusion.loss(self._train_net, x, t, x).mean()
+            torch.autograd.grad(loss, list(self.unet.parameters()))
+        except torch.OutOfMemoryError:
+            if training.micro_batch_size or self.micro % 2:
+                raise ValueError(
+                    f"micro-batches of {self.micro} do not fit in the memory of {self.device}; try "
+                    "a smaller training.micro_batch_size, or training.activation_checkpointing=true"
+                ) from None
+            print(f"{self.micro} pictures do not fit in memory: micro-batches of {self.micro // 2}")
+            return False
+        except Exception as error:
+            if self.unet._compiled_call_impl is None:
+                raise
+            self.unet._compiled_call_impl = None
+            reason = str(error).strip().splitlines()[0]
+            print(f"training.compile: cannot be done here, going on without ({reason})")
+        return True
 
     # ---- training
 
@@ -116,15 +155,14 @@ class DDPM(pl.LightningModule):
     def training_step(self, batch: Tensor, _: int) -> None:
         """One update from this rank's share of the global batch, uint8 [B / ranks, C, H, W]."""
         strategy = self.trainer.strategy
+        several = isinstance(strategy, DDPStrategy)
         self.update(
             batch,
             self.optimizers().optimizer,
             step=self.global_step,
             rank=self.global_rank,
             backward=self.manual_backward,
-            alone=strategy.block_backward_sync
-            if isinstance(strategy, DDPStrategy)
-            else nullcontext,
+            alone=strategy.block_backward_sync if several else nullcontext,
             update=self.optimizers().step,
         )
 
@@ -153,7 +191,7 @@ class DDPM(pl.LightningModule):
         if self.config.dataset.random_flip:
             x_0 = torch.where(heads[:, None, None, None], x_0.flip(-1), x_0)
 
-        micro = config.micro_batch_size or len(batch)
+        micro = self.micro or len(batch)
         mean_loss = torch.zeros((), device=self.device)
         for i in range(0, len(batch), micro):
             torch.manual_seed(seed_of(config.seed, DROPOUT, step, rank, i))
@@ -196,7 +234,7 @@ class DDPM(pl.LightningModule):
             return
         config, ranks = self.config.training, self.trainer.world_size
         t, eps, _ = self.draw(VALIDATE, batch_idx * ranks + self.global_rank, len(batch))
-        micro = config.micro_batch_size or config.batch_size // ranks
+        micro = self.micro or config.batch_size // ranks
         parts = zip(from_uint8(batch).split(micro), t.split(micro), eps.split(micro), strict=True)
         losses = torch.cat([self.diffusion.loss(self, *part) for part in parts])
         quarter = t * 4 // self.diffusion.timesteps
@@ -212,16 +250,43 @@ class DDPM(pl.LightningModule):
 
     # ---- sampling
 
+    def sampling_net(self, calls: int = 0) -> UNet:
+        """The network that samples: a copy in bfloat16 where the hardware multiplies it, compiled
+        on CUDA for that many `calls` if they repay the minute."""
+        net = self.net
+        compiles = self.device.type == "cuda" and calls >= 5000 and self.config.training.compile
+        if self.bf16 or compiles:
+            net = copy.deepcopy(net).eval()
+            net._compiled_call_impl = None  # of training
+        if self.bf16:
+            net = net.to(torch.bfloat16)
+        if compiles:
+            net.compile()
+        return net
+
     def chain(
-        self, steps: list[Step], seeds: list[int], *, image_size: int | None = None
+        self,
+        steps: list[Step],
+        seeds: list[int],
+        *,
+        image_size: int | None = None,
+        net: UNet | None = None,
     ) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Walk the reverse process: (step, x_s, x0_hat), [B, C, H, W] each, after each step.
 
         A picture belongs to its seed: neighbours in the batch, and how many, do not touch it.
+
+        Args:
+            net: what `sampling_net` gave, for several batches.
         """
+        net = net or self.sampling_net()
         size = image_size or self.config.dataset.image_size
         noise = SeedNoise(seeds, (self.config.dataset.channels, size, size), self.device)
-        return reverse(self.diffusion, self, noise(), steps, noise)
+        with torch.no_grad():
+            times = [step.t for step in steps]
+            rows = net.embed(torch.tensor(times, device=self.device))
+        temb = dict(zip(times, rows.split(1), strict=True))
+        return reverse(self.diffusion, lambda x, t: net(x, temb[t]).float(), noise(), steps, noise)
 
     @torch.inference_mode()
     def sample(self, steps: list[Step], seeds: list[int], **options) -> Tensor:
@@ -277,67 +342,6 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-class Data(pl.LightningDataModule):
-    """uint8 batches of the global batch, addressed by step."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.config = config
-        self.pictures: dict[str, Pictures] = {}
-
-    def prepare_data(self) -> None:  # once a node: whatever is fetched or decoded
-        self._load(progress=partial(track, description="Decoding pictures", transient=True))
-
-    def setup(self, stage: str | None = None) -> None:
-        self.pictures = self._load()
-
-    def _load(self, progress=None) -> dict[str, Pictures]:
-        keys = self.config.dataset.model_dump(exclude={"random_flip"})
-        return load_pictures(**keys, progress=progress)
-
-    def fingerprints(self) -> dict[str, str]:
-        return {split: pictures.fingerprint() for split, pictures in self.pictures.items()}
-
-    def train_dataloader(self) -> DataLoader:
-        return self._loader(
-            self.pictures["train"],
-            StepSampler(
-                count=len(self.pictures["train"]),
-                batch_size=self.config.training.batch_size,
-                seed=self.config.training.seed,
-                start_step=self.trainer.global_step,
-                rank=self.trainer.global_rank,
-                world_size=self.trainer.world_size,
-            ),
-        )
-
-    def val_dataloader(self) -> DataLoader:
-        rows = range(len(self.pictures["validation"]))
-        size = self.config.training.batch_size
-        batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
-        mine = batches[self.trainer.global_rank :: self.trainer.world_size]
-        if batches and not mine:
-            mine = [[]]  # every rank takes part, and waits for none
-        return self._loader(self.pictures["validation"], mine)
-
-    def _loader(self, pictures: Pictures, batches) -> DataLoader:
-        return DataLoader(
-            pictures,
-            batch_size=None,  # the sampler yields whole batches
-            sampler=batches,
-            num_workers=self.config.training.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_signals_to_the_parent,
-        )
-
-
-def leave_signals_to_the_parent(_: int) -> None:
-    """A terminal and SLURM signal every process; workers must outlive it to end the step."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def load_ddpm(source: str | Path, weights: str = "ema") -> DDPM:

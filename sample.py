@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -113,20 +114,10 @@ def sample(
 
 def prepare(checkpoint: Path, device: str, weights: str, image_size: int | None, given: dict):
     """The model on its device, the step table, and the recipe that a picture carries."""
-    import torch
-
     from diffusion_utils import make_steps
     from pl_utils import load_ddpm
 
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here: {reason}") from None
-
+    device = usable_device(device)
     ddpm = load_ddpm(checkpoint, weights=weights)
     settings = ddpm.config.sampling.model_dump() | given
     for option, only in (("eta", "ddim"), ("variance", "ddpm")):
@@ -147,13 +138,27 @@ def prepare(checkpoint: Path, device: str, weights: str, image_size: int | None,
     return ddpm.to(device), steps, recipe
 
 
+def usable_device(device: str) -> str:
+    """What `auto` means here. ValueError where a device cannot be used."""
+    import torch
+
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {reason}") from None
+    return device
+
+
 def digest_of(ddpm) -> str:
     """Of the weights that sample: 16 hexadecimal digits."""
     import hashlib
 
     digest = hashlib.sha256()
-    net = ddpm.ema if ddpm.weights == "ema" else ddpm.unet
-    for name, tensor in net.state_dict().items():
+    for name, tensor in ddpm.net.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -213,26 +218,32 @@ def missing_seeds(folder: Path, seeds: list[int], recipe: dict) -> list[int]:
 
 def write_pictures(ddpm, steps, seeds, batch_size, folder, recipe, console) -> None:
     """NNNNNN.png of each seed, with the recipe inside; a bar over all network calls."""
+    batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
+    columns = (
+        TextColumn("{task.completed:.0f}/{task.total} pictures"),
+        BarColumn(),
+        TimeRemainingColumn(),
+    )
+    net = ddpm.sampling_net(len(batches) * len(steps))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(seeds))
+        for batch in batches:
+            pictures = draw(ddpm, steps, batch, recipe, net, partial(bar.advance, task))
+            for seed, pixels in zip(batch, pictures, strict=True):
+                write_png(picture_file(folder, seed), pixels, recipe | {"seed": seed})
+
+
+def draw(ddpm, steps, seeds: list[int], recipe: dict, net, advance):
+    """The pictures of `seeds`, uint8 [B, C, H, W] on the CPU; `advance` hears how many's worth."""
     import torch
 
     from diffusion_utils import to_uint8
 
-    batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
-    columns = (
-        TextColumn("{task.completed}/{task.total} pictures"),
-        BarColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(seeds))
-        for batch in batches:
-            done = bar.tasks[task].completed
-            with torch.inference_mode():
-                chain = ddpm.chain(steps, batch, image_size=recipe["image_size"])
-                for i, (_, x, _) in enumerate(chain, start=1):
-                    bar.update(task, completed=done + len(batch) * i // len(steps))
-            for seed, pixels in zip(batch, to_uint8(x).cpu(), strict=True):
-                write_png(picture_file(folder, seed), pixels, recipe | {"seed": seed})
+    with torch.inference_mode():
+        chain = ddpm.chain(steps, seeds, image_size=recipe["image_size"], net=net)
+        for _, x, _ in chain:
+            advance(len(seeds) / len(steps))
+        return to_uint8(x).cpu()
 
 
 def write_png(path: Path, pixels, recipe: dict | None = None) -> None:
@@ -252,17 +263,21 @@ def write_png(path: Path, pixels, recipe: dict | None = None) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_grid(folder: Path, seeds: list[int]) -> None:
+def read_pictures(folder: Path, seeds: list[int]):
+    """What `write_pictures` wrote, uint8 [N, C, H, W]."""
     import numpy as np
     import torch
     from PIL import Image
 
-    from callbacks import picture_grid
-
     arrays = [np.array(Image.open(picture_file(folder, seed))) for seed in seeds]
     pictures = torch.from_numpy(np.stack(arrays))
-    pictures = pictures[:, None] if pictures.ndim == 3 else pictures.permute(0, 3, 1, 2)
-    write_png(folder / "grid.png", picture_grid(pictures))
+    return pictures[:, None] if pictures.ndim == 3 else pictures.permute(0, 3, 1, 2)
+
+
+def write_grid(folder: Path, seeds: list[int]) -> None:
+    from callbacks import picture_grid
+
+    write_png(folder / "grid.png", picture_grid(read_pictures(folder, seeds)))
 
 
 if __name__ == "__main__":

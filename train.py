@@ -13,7 +13,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from config import MAY_CHANGE, Config, check_config, differences, load_config
+from config import (
+    MAY_CHANGE,
+    Config,
+    check_config,
+    differences,
+    first_comment,
+    load_config,
+    to_yaml,
+)
 
 HELP = """
 Train a diffusion model from one YAML file.
@@ -40,8 +48,9 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 @app.command(help=HELP)
 def train(
     config_file: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cifar10.yml.")
-    ],
+        Path | None,
+        typer.Argument(metavar="CONFIG", help="A YAML file; without one, configs/ is listed."),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that win over the file's."),
@@ -71,13 +80,22 @@ def train(
     dollars_per_hour: Annotated[
         float | None, typer.Option(min=0, help="What all its hardware costs; implies --dry-run.")
     ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole config, explained, and end.")
+    ] = False,
 ):
     console = Console(quiet=not is_main_process(), highlight=False, soft_wrap=True)
+    run = None
+    if config_file is None:
+        list_configs(console)
+        raise typer.Exit(2)
     if dry_run or dollars_per_hour is not None:
         raise typer.Exit(measure_only(config_file, overrides or (), dollars_per_hour, console))
-    run = None
     try:
         config = load_config(config_file, overrides or ())
+        if print_config:
+            print(to_yaml(config), end="")
+            raise typer.Exit(0)
         results = Path(config.training.results_folder)
         name = check_name(run_name or config_file.stem)
 
@@ -126,10 +144,19 @@ def measure_only(config_file: Path, overrides, dollars_per_hour, console: Consol
     return 0
 
 
+def list_configs(console: Console) -> None:
+    """One line for each."""
+    console.print("python train.py CONFIG; there are:\n")
+    for path in sorted(Path("configs").glob("*.yml")):
+        console.print(f"  {path.as_posix():<28}{first_comment(path)}", markup=False)
+    console.print("\nto begin with: python train.py configs/digits.yml; more: --help")
+
+
 def fit(config: Config, run: Path, checkpoint_path: Path | None, weights, console: Console) -> int:
     """Train, and say how it ended; the exit code."""
     from callbacks import Checkpoints, Interrupted
-    from pl_utils import DDPM, Data
+    from data import Data
+    from pl_utils import DDPM
     from trainer import build_trainer
 
     step = 0

@@ -1,12 +1,13 @@
 """The Trainer that drives `DDPM` on `Data`: hardware, ranks, loggers, callbacks."""
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
@@ -16,6 +17,7 @@ from rich.console import Console
 from callbacks import Checkpoints, Monitor, Previews
 from checkpoint import read_checkpoint, write_checkpoint
 from config import Config, divisors
+from evaluation import Evaluation
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -54,14 +56,9 @@ def build_trainer(
     check_division(training.batch_size, training.micro_batch_size, ranks)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
     checkpoints = Checkpoints(run / "checkpoints", training, resumed_from, on_failure)
-    logger = TensorBoardLogger(
-        run.parent,
-        name=run.name,
-        version="",
-        default_hp_metric=False,
-        purge_step=step + 1 if step else None,  # what was logged past the checkpoint
-    )
-    logger.save = lambda: None  # it would write an empty hparams.yaml; ours is config.yml
+    callbacks = [Monitor(config, run, console), checkpoints, Previews(training)]
+    if training.evaluate_every:
+        callbacks.append(Evaluation(config, console))
     plugins = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # `Checkpoints` requeues, at a step boundary
@@ -78,8 +75,8 @@ def build_trainer(
             check_val_every_n_epoch=None,
             limit_val_batches=1.0 if training.validate_every else 0,
             num_sanity_val_steps=0,
-            callbacks=[Monitor(config, console), checkpoints, Previews(training)],
-            logger=logger,
+            callbacks=callbacks,
+            logger=[build_logger(kind, run, step) for kind in training.logger],
             plugins=plugins,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -89,6 +86,36 @@ def build_trainer(
     except MisconfigurationException as error:
         asked = f"training.accelerator={training.accelerator}, devices={training.devices}"
         raise ValueError(f"{asked}: {error}") from None
+
+
+def build_logger(kind: str, run: Path, step: int) -> Logger:
+    """Numbers of the same names to TensorBoard, a CSV file, or Weights & Biases."""
+    if kind == "csv":  # a file for each start: it would overwrite one that is there
+        return CSVLogger(run, name="csv", version=f"from-step-{step}")
+    if kind == "wandb":
+        try:
+            name = run.resolve().name
+            return WandbLogger(name=name, id=f"{name}-{run_id(run)}", save_dir=run, resume="allow")
+        except ModuleNotFoundError:
+            raise ValueError("training.logger: wandb needs `pip install wandb`") from None
+    logger = TensorBoardLogger(
+        run.parent,
+        name=run.name,
+        version="",
+        default_hp_metric=False,
+        purge_step=step + 1 if step else None,  # what was logged past the checkpoint
+    )
+    logger.save = lambda: None  # it would write an empty hparams.yaml; ours is config.yml
+    return logger
+
+
+def run_id(run: Path) -> str:
+    """8 hexadecimal digits that stay with the folder, so that a resumed run goes on in its page."""
+    file = run / ".id"
+    if not file.exists():
+        run.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(4))
+    return file.read_text()
 
 
 def check_launcher(ranks: int) -> None:

@@ -122,7 +122,6 @@ def test_a_second_run_gets_its_own_folder(place):
         ("configs/smoke.yml training.accelerator=gpu", "error: "),
         ("configs/smoke.yml training.results_folder=/proc/no", "error: "),
         ("configs/smoke.yml --no-such-option", "--no-such-option"),
-        ("", "CONFIG"),
     ],
 )
 def test_mistakes_end_in_one_message(place, arguments, says, monkeypatch):
@@ -238,6 +237,23 @@ def test_two_devices_are_one_run(tmp_path):
     for other in others:
         assert list(other) == list(range(1, 31))
         assert list(other.values()) == pytest.approx(list(one.values()), rel=1e-4)
+
+
+def test_without_a_config_those_there_are_named(place, monkeypatch):
+    output = invoke("train.py", place, monkeypatch, code=2)
+    for path in Path("configs").glob("*.yml"):
+        line = next(line for line in output.splitlines() if path.name in line)
+        assert len(line) > 50 and line.endswith("."), line
+
+
+def test_print_config_is_a_config(place, monkeypatch):
+    command = "train.py configs/digits.yml training.seed=7 training.logger=csv --print-config"
+    output = invoke(command, place, monkeypatch, code=0)
+    (place / "printed.yml").write_text(output)
+    wanted = load_config("configs/digits.yml", ["training.seed=7", "training.logger=[csv]"])
+    assert load_config("printed.yml") == wanted
+    keys = [line for line in output.splitlines() if line.startswith("  ")]
+    assert all(line.partition("  # ")[2] not in ("", "None") for line in keys)
 
 
 # ---- sample.py

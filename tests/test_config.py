@@ -96,6 +96,7 @@ def test_overrides_win():
         ("model.attention_resolutions=[16]", "[8, 4]"),
         ("model.channel_multipliers=[1,0]", "channel_multipliers.1: 0"),
         ("diffusion.beta_schedule=linaer", "'linear'"),
+        ("dataset.fit=stretch", "'crop' or 'pad'"),
         ("sampling.timesteps=1001", "sampling.timesteps 1001"),
     ],
 )
@@ -108,6 +109,19 @@ def test_faults_name_the_key_the_value_and_the_rule(override, says, tmp_path):
         load_config(path, [override])
     assert says in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "flowers102"])
+def test_a_test_set_is_what_is_held_out(name):
+    with pytest.raises(ValueError, match=f"fraction is 0.1; {name} holds out its own test set"):
+        load_config(DIGITS, [f"dataset.name={name}"])
+    assert load_config(DIGITS, [f"dataset.name={name}", "dataset.validation_fraction=0"])
+
+
+def test_the_config_of_an_older_checkpoint_loads():
+    tree = load_config(DIGITS).model_dump(mode="json")
+    del tree["dataset"]["fit"]
+    assert check_config(tree, source="") == load_config(DIGITS)
 
 
 def test_all_faults_at_once():

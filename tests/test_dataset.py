@@ -1,3 +1,5 @@
+import hashlib
+import json
 import os
 import pickle
 import zipfile
@@ -17,6 +19,7 @@ def load(tmp_path, name="folder", **changes):
         "root": str(tmp_path / "root"),
         "image_size": 8,
         "channels": 3,
+        "fit": "crop",
         "validation_fraction": 0.0,
         "cache": str(tmp_path / "cache"),
     }
@@ -202,6 +205,33 @@ def test_cache_follows_the_files(tmp_path):
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
+def test_decoded_pictures_are_found_again_by_any_version(tmp_path):
+    """The name of the cache's file is a promise; so are fingerprints: checkpoints hold them."""
+    root = tmp_path / "root"
+    root.mkdir()
+    noise_image(0).save(root / "a.png")
+    stat = (root / "a.png").stat()
+    files = [["a.png", stat.st_size, stat.st_mtime_ns]]
+    recipe = json.dumps(["1: fit_picture", str(root.resolve()), files, 8, 3])
+    digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    load(tmp_path)
+    there = sorted(p.name for p in (tmp_path / "cache").iterdir())
+    assert there == [f"{digest}-8x8x3.json", f"{digest}-8x8x3.npy"]
+    load(tmp_path, fit="pad")
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    digits = load(tmp_path, "digits", channels=1, validation_fraction=0.1)
+    assert digits["train"].fingerprint() == "f670761aceeed3d3"
+    assert digits["validation"].fingerprint() == "5edc7d37149f42d9"
+
+
+def test_a_tiny_picture_is_left_out(tmp_path, capsys):
+    (tmp_path / "root").mkdir()
+    for side in (1, 7, 8, 64):
+        Image.new("RGB", (side, 70)).save(tmp_path / "root" / f"{side}.png")
+    assert len(load(tmp_path, image_size=64)["train"]) == 2
+    assert "7.png: too small: 7x70 pixels" in capsys.readouterr().out
+
+
 def test_too_many_bad_files_are_refused(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
@@ -243,6 +273,33 @@ def test_crop_is_the_centre_and_never_stretches():
     pixels[:, 8:16] = 255
     assert (fit_picture(Image.fromarray(pixels), image_size=8, channels=3) == 255).all()
     assert fit_picture(Image.fromarray(pixels), image_size=4, channels=3).min() > 230
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_pad_keeps_all_and_never_stretches(channels):
+    image = Image.new("RGB", (40, 20), "white")
+    pixels = fit_picture(image, image_size=16, channels=channels, fit="pad")
+    assert pixels.shape == (channels, 16, 16)
+    assert (pixels[:, 4:12] == 255).all()
+    assert not pixels[:, :4].any()  # black, and clear where there is alpha
+    assert not pixels[:, 12:].any()
+    square = noise_image(0, (16, 16))
+    for fit in ("crop", "pad"):
+        same = fit_picture(square, image_size=16, channels=3, fit=fit)
+        assert np.array_equal(same, np.asarray(square).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA", "PA", "HSV", "I", "F", "I;16"]
+)
+def test_every_mode_becomes_any_channels(mode, channels):
+    white = {"1": 1, "L": 255, "P": 0, "PA": (0, 255), "LA": (255, 255), "CMYK": (0, 0, 0, 0)}
+    white |= {"I": 65535, "F": 1.0, "I;16": 65535, "YCbCr": (255, 128, 128), "HSV": (0, 0, 255)}
+    image = Image.new(mode, (12, 8), white.get(mode, "white"))
+    if mode in ("P", "PA"):
+        image.putpalette([255] * 768)
+    assert (fit_picture(image, image_size=8, channels=channels) == 255).all()
 
 
 def test_shrinking_is_antialiased():

@@ -139,7 +139,10 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch):
     run = Rehearsal(load_config("configs/smoke.yml", ["training.accelerator=cpu"]))
     holds(3, monkeypatch)
     run.fit_into_memory(8)
-    assert "8 pictures at a time do not fit; training.micro_batch_size=2 does" in run.notes[0]
+    assert (
+        "8 pictures at a time do not fit into memory; training.micro_batch_size=2 does"
+        in run.notes[0]
+    )
     run.steps(1, 8)  # and it is what the steps after that do
     assert run.step == 2
 

@@ -15,8 +15,9 @@ from rich.console import Console
 from callbacks import lock
 from checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
 from config import load_config
+from data import Data
 from diffusion_utils import from_uint8, make_steps
-from pl_utils import DDPM, TRAIN, Data, SeedNoise, load_ddpm
+from pl_utils import DDPM, TRAIN, SeedNoise, load_ddpm
 from trainer import build_trainer, check_division, check_launcher
 
 
@@ -318,13 +319,16 @@ def test_curves_are_written(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     overrides = ["training.validate_every=3", "training.preview_every=3"]
-    train(tmp_path / "run", *overrides)
+    train(tmp_path / "run", *overrides, "training.logger=[tensorboard,csv]")
+    (table,) = (tmp_path / "run").glob("csv/from-step-0/metrics.csv")
+    columns = table.read_text().splitlines()[0].split(",")
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     scalars = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     for tag in ("loss", "learning rate", "gradient norm", "images per second", "skipped steps"):
         assert scalars[f"train/{tag}"] == [2, 4, 6]
     assert scalars["val/loss"] == [3, 6]
+    assert {*columns} == {*scalars, "step"}  # the same names in each
     assert sum(tag.startswith("val/loss by t/") for tag in scalars) == 4
     assert [e.value for e in events.Scalars("train/learning rate")] == pytest.approx(
         [1e-3 * min(1, step / 3) for step in (1, 3, 5)]

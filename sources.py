@@ -1,0 +1,257 @@
+"""A folder, a zip, a tar, an lmdb, an array or a set on the hub: each opened as a `Source`."""
+
+import io
+import os
+import tarfile
+import threading
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+T = TypeVar("T")
+
+
+class Source(NamedTuple):
+    """Pictures that are still to be decoded.
+
+    identity: JSON that changes when the pictures do; what is decoded from them is found by it.
+    names: one a picture, for people.
+    open: row -> the picture. Any thread may call it; rows in about this order are fastest.
+    """
+
+    identity: list
+    names: list[str]
+    open: Callable[[int], Image.Image]
+
+
+def in_threads(function: Callable[[int], T], count: int) -> Iterator[T]:
+    """function(0), function(1), ... in order, some of them at a time."""
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about odd but readable files
+        for start in range(0, count, 4096):
+            yield from pool.map(function, range(start, min(start + 4096, count)))
+
+
+def explain(error: Exception) -> str:
+    """Why a file cannot be used, in a few words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture"
+    if isinstance(error, ValueError) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+# ---- a folder, an archive
+
+
+def is_picture(name: str) -> bool:
+    parts = name.split("/")
+    hidden = any(part.strip(".") and part.startswith((".", "__MACOSX")) for part in parts)
+    return name.lower().endswith(EXTENSIONS) and not hidden
+
+
+def open_files(root: Path) -> Source:
+    """All pictures of a folder, searched through, of a zip or of a tar."""
+    if root.is_dir():
+        paths = (
+            Path(folder, file).relative_to(root)
+            for folder, _, files in os.walk(root, followlinks=True)
+            for file in files
+        )
+        names = (path.as_posix() for path in paths)
+        source = open_folder(root, [n for n in names if is_picture(n) and (root / n).exists()])
+    elif zipfile.is_zipfile(root):
+        source = open_zip(root)
+    elif root.is_file() and tarfile.is_tarfile(root):
+        source = open_tar(root)
+    elif root.exists():
+        raise ValueError(
+            f"{root} (dataset.root) is neither a folder nor a zip or tar, or is damaged"
+        )
+    else:
+        raise FileNotFoundError(
+            f"{root} (dataset.root) does not exist; give a folder, a zip or a tar"
+        )
+    if not source.names:
+        kinds = ", ".join(extension[1:] for extension in EXTENSIONS)
+        raise FileNotFoundError(f"{root} (dataset.root) holds no pictures ({kinds})")
+    return source
+
+
+def open_folder(root: Path, names: list[str]) -> Source:
+    names = sorted(names)
+    try:
+        stats = [(root / name).stat() for name in names]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error.filename} is missing from {root}") from None
+    entries = [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]
+    return Source([str(root.resolve()), entries], names, lambda row: Image.open(root / names[row]))
+
+
+def open_zip(root: Path) -> Source:
+    archive = zipfile.ZipFile(root)
+    entries = sorted(
+        (i.filename, i.file_size, i.CRC) for i in archive.infolist() if is_picture(i.filename)
+    )
+    names = [name for name, *_ in entries]
+    read = lambda row: Image.open(io.BytesIO(archive.read(names[row])))
+    return Source([str(root.resolve()), entries], names, read)
+
+
+def open_tar(root: Path) -> Source:
+    """In the archive's own order: one that is compressed can only be read from front to back."""
+    try:
+        archive = tarfile.open(root)  # noqa: SIM115 (it stays open)
+        members = [m for m in archive if m.isfile() and is_picture(m.name)]
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{root} (dataset.root) is damaged: {error}") from None
+    lock, position = threading.Lock(), 0
+    ahead: dict[int, bytes] = {}  # threads ask slightly out of order
+
+    def read(row: int) -> Image.Image:
+        nonlocal position
+        with lock:
+            while position <= row < position + 1024:
+                ahead[position] = archive.extractfile(members[position]).read()
+                position += 1
+            content = ahead.pop(row, None) or archive.extractfile(members[row]).read()
+        return Image.open(io.BytesIO(content))
+
+    entries = [(m.name, m.size, m.mtime) for m in members]
+    return Source([str(root.resolve()), entries], [m.name for m in members], read)
+
+
+# ---- a database, an array, the hub
+
+
+def open_lmdb(home: Path) -> Source:
+    try:
+        import lmdb
+    except ImportError:
+        raise ValueError(f"{home} is an lmdb: `pip install lmdb` to read it") from None
+    try:
+        environment = _lmdb_environment(str(home.resolve()))
+        with environment.begin() as transaction:
+            keys = list(transaction.cursor().iternext(values=False))
+    except lmdb.Error as error:
+        raise ValueError(f"{home} is damaged or no lmdb: {error}") from None
+
+    def read(row: int) -> Image.Image:
+        with environment.begin() as transaction:
+            return Image.open(io.BytesIO(transaction.get(keys[row])))
+
+    stat = (home / "data.mdb").stat()
+    identity = [str(home.resolve()), stat.st_size, stat.st_mtime_ns]
+    return Source(identity, [key.decode("latin-1") for key in keys], read)
+
+
+@cache  # a process can open one only once
+def _lmdb_environment(home: str):
+    import lmdb
+
+    return lmdb.open(home, readonly=True, lock=False, readahead=False, meminit=False)
+
+
+def open_array(root: Path) -> Source:
+    """The pictures of an .npy or .npz file: [N, H, W], [N, H, W, C] or [N, C, H, W]."""
+    if root.is_dir():
+        files = sorted(p.name for p in root.glob("*.np[yz]"))
+        if len(files) != 1:
+            raise FileNotFoundError(
+                f"{root} (dataset.root) holds {len(files)} .npy or .npz files; give one of them"
+                + (f": {', '.join(files[:5])}" if files else "")
+            )
+        root = root / files[0]
+    if not root.exists():
+        raise FileNotFoundError(f"{root} (dataset.root) does not exist; give an .npy or .npz file")
+    try:
+        pixels = np.load(root, mmap_mode="r", allow_pickle=False)
+        if isinstance(pixels, np.lib.npyio.NpzFile):
+            arrays = [array for key in pixels.files if (array := pixels[key]).ndim >= 3]
+            pixels = max(arrays, key=lambda array: array.size, default=np.empty(0))
+    except Exception as error:  # zip, header, pickle: many kinds
+        objects = "pickle" in str(error) or "Python objects" in str(error)
+        reason = "it holds pickled objects, which are never loaded" if objects else error
+        raise ValueError(f"{root} (dataset.root) cannot be read as an array: {reason}") from None
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    if pixels.ndim == 4 and pixels.shape[3] > 4 >= pixels.shape[1]:
+        pixels = pixels.transpose(0, 2, 3, 1)
+    if pixels.ndim != 4 or not 1 <= pixels.shape[3] <= 4 or 0 in pixels.shape:
+        raise ValueError(
+            f"{root} (dataset.root) holds {pixels.shape}; pictures are (N, H, W), (N, H, W, C) "
+            "or (N, C, H, W) with C of 1 to 4"
+        )
+    scale, shift = _byte_scale(pixels, root)
+
+    def read(row: int) -> Image.Image:
+        picture = np.asarray(pixels[row])
+        if picture.dtype != np.uint8:
+            picture = (picture * scale + shift).clip(0, 255).round().astype(np.uint8)
+        return Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
+
+    stat = root.stat()
+    names = [f"picture {row}" for row in range(len(pixels))]
+    return Source([str(root.resolve()), stat.st_size, stat.st_mtime_ns], names, read)
+
+
+def _byte_scale(pixels: np.ndarray, root: Path) -> tuple[float, float]:
+    """(scale, shift) to 0 ... 255. The values tell whether they are 0..1, -1..1 or 0..255."""
+    if pixels.dtype == np.uint8 or pixels.dtype == bool:
+        return (1, 0) if pixels.dtype == np.uint8 else (255, 0)
+    low = high = np.nan
+    if pixels.dtype.kind in "iuf":
+        blocks = [pixels[i : i + 1024] for i in range(0, len(pixels), 1024)]
+        low = float(np.min([block.min() for block in blocks]))
+        high = float(np.max([block.max() for block in blocks]))
+    if pixels.dtype.kind == "f" and low >= -1.001 and high <= 1.001:  # what rounding adds
+        return (255, 0) if low >= 0 else (127.5, 127.5)
+    if low >= 0 and high <= 255:
+        return 1, 0
+    raise ValueError(
+        f"{root} (dataset.root) holds {pixels.dtype} from {low:g} to {high:g}; give uint8, or "
+        "floats in 0..1, -1..1 or 0..255"
+    )
+
+
+def open_huggingface(root: Path) -> Source:
+    """The train split of a set on the hub, or of one in a local folder."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            "dataset.name huggingface needs the datasets library: `pip install datasets`"
+        ) from None
+    saved = (root / "dataset_info.json").exists() or (root / "dataset_dict.json").exists()
+    try:
+        data = datasets.load_from_disk(str(root)) if saved else datasets.load_dataset(str(root))
+    except Exception as error:  # whatever a network, a service and a file can raise
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{root} (dataset.root) cannot be had from the hub or this disk ({reason}); give "
+            "owner/name of a set, or the folder of one"
+        ) from None
+    if isinstance(data, datasets.DatasetDict):
+        split = "train" if "train" in data else next(iter(data))
+        data = data[split]
+    columns = [key for key, kind in data.features.items() if isinstance(kind, datasets.Image)]
+    if not columns:
+        raise ValueError(f"{root} (dataset.root) has no column of pictures: {list(data.features)}")
+    fingerprint = data._fingerprint
+    data = data.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
+
+    def read(row: int) -> Image.Image:
+        picture = data[row][columns[0]]
+        return Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"])
+
+    names = [f"picture {row}" for row in range(len(data))]
+    return Source([str(root), fingerprint], names, read)

@@ -1,0 +1,214 @@
+"""`python dataset.py CONFIG`: what it finds, and what it advises."""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_dataset import noise_image
+from typer.testing import CliRunner
+
+import dataset
+from check import (
+    Headers,
+    Values,
+    advise,
+    contact_sheet,
+    describe_fit,
+    draw_histogram,
+    measure,
+    read_headers,
+)
+from config import load_config
+from dataset import Pictures
+from sources import open_files
+
+
+def run(arguments, code=0):
+    result = CliRunner().invoke(dataset.app, arguments)
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.output
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Twelve good pictures, a copy, and one of every kind of bad file."""
+    root = tmp_path / "mine"
+    root.mkdir()
+    (tmp_path / "configs").symlink_to(Path("configs").resolve())
+    for i in range(12):
+        noise_image(i, (178, 218)).save(root / f"{i:02}.png")
+    (root / "again.png").write_bytes((root / "03.png").read_bytes())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise_image(20, (100, 60)).save(root / "turned.jpg", exif=exif)
+    Image.new("RGB", (1, 1)).save(root / "tiny.png")
+    (root / "zero.png").write_bytes(b"")
+    (root / "page.jpg").write_text("<html>")
+    whole = (root / "00.png").read_bytes()
+    (root / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (root / "bent.png").write_bytes(whole[:5000] + bytes([whole[5000] ^ 255]) + whole[5001:])
+    (root / "nowhere.png").symlink_to("/nowhere.png")
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def test_a_folder_with_every_kind_of_bad_file(folder):
+    output = run(["configs/folder.yml", f"dataset.root={folder}", "--contact-sheet", "deep/s.png"])
+    for line in (
+        "15  178x218 -> centre 178x178 -> 64x64",  # cut.png and bent.png have good headers
+        "1  60x100 -> centre 60x60 -> 64x64 (enlarged)",
+        "17  RGB",
+        "5 of 19 files",
+        "bent.png: ",
+        "cut.png: ",
+        "page.jpg: not a picture",
+        "tiny.png: too small: 1x1 pixels",
+        "zero.png: not a picture",
+        "13 pictures to train on, 1 held out (the same random ones for every seed)",
+        "again.png = 03.png",
+        "a step takes 64 pictures and there are 13",
+    ):
+        assert line in output, output
+    with Image.open("deep/s.png") as sheet:
+        assert sheet.size == (8 * 66 + 2, 2 * 66 + 2)
+
+
+def test_headers(tmp_path):
+    """Of grey pictures stored as colour, one with transparency, in many sizes."""
+    for i in range(9):
+        noise_image(i, (20 + i, 20), "L").convert("RGB").save(tmp_path / f"{i}.png")
+    clear = Image.new("RGBA", (5, 6), "grey")
+    clear.save(tmp_path / "clear.png")
+    read = partial(read_headers, progress=lambda x, total: x)
+    headers = read([open_files(tmp_path)])
+    assert headers.sizes == Counter({(20 + i, 20): 1 for i in range(9)} | {(5, 6): 1})
+    assert headers.modes == Counter(RGB=9, RGBA=1)
+    assert (headers.transparent, headers.coloured) == (1, False)
+    noise_image(0).save(tmp_path / "colour.png")
+    assert read([open_files(tmp_path)]).coloured
+    pixels = np.zeros((7, 4, 5, 3), np.uint8)
+    assert read([pixels, pixels]) == (Counter({(5, 4): 14}), Counter(RGB=14), 0, False)
+
+
+def test_a_check_and_training_see_the_same_pictures(folder):
+    run(["configs/folder.yml", f"dataset.root={folder}"])
+    decoded = {p: p.stat().st_mtime_ns for p in Path("data/cache").iterdir()}
+    config = load_config("configs/folder.yml", [f"dataset.root={folder}"])
+    dataset.load_pictures(**config.dataset.model_dump(exclude={"random_flip"}))
+    assert {p: p.stat().st_mtime_ns for p in Path("data/cache").iterdir()} == decoded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["configs/foldr.yml"], "did you mean configs/folder.yml?"),
+        (["configs/folder.yml", "dataset.root=nowhere"], "nowhere (dataset.root) does not exist"),
+        (["configs/folder.yml", "dataset.root=mine", "dataset.image_size=30"], "try 32"),
+        (["configs/folder.yml", "dataset.root=bad"], "12 of 12 files in bad cannot be used"),
+        (["configs/digits.yml", "--contact-sheet", "mine"], "must end in .png"),
+        (["configs/digits.yml", "--contact-sheet", "/proc/no/s.png"], "/proc/no"),
+    ],
+)
+def test_mistakes_end_in_one_message(arguments, says, folder):
+    Path("bad").mkdir()
+    for i in range(12):
+        (Path("bad") / f"{i}.png").write_bytes(b"")
+    output = run(arguments, code=2)
+    assert "error: " in output
+    assert says in output
+
+
+@pytest.mark.parametrize(
+    ("size", "fit", "says"),
+    [
+        ((64, 64), "crop", "64x64, as it is"),
+        ((178, 218), "crop", "178x218 -> centre 178x178 -> 64x64"),
+        ((178, 178), "pad", "178x178 -> 64x64"),
+        ((200, 100), "pad", "200x100 -> 64x32 -> on black 64x64"),
+        ((1000, 1), "pad", "1000x1 -> 64x1 -> on black 64x64"),
+        ((30, 20), "crop", "30x20 -> centre 20x20 -> 64x64 (enlarged)"),
+        ((30, 30), "pad", "30x30 -> 64x64 (enlarged)"),
+    ],
+)
+def test_preprocessing_in_words(size, fit, says):
+    assert describe_fit(size, 64, fit) == says
+
+
+def test_bars_show_whatever_is_there():
+    counts = np.zeros(256, int)
+    counts[0], counts[255], counts[8] = 1_000_000, 1, 250_000
+    assert draw_histogram(counts) == "█▄" + " " * 29 + "▁"
+
+
+def test_measuring():
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 3, 4, 4), np.uint8)
+    pixels[7], pixels[299] = pixels[200], 9
+    values = measure(Pictures(pixels), progress=lambda x, total: x)
+    assert (values.histogram.sum(1) == 300 * 16).all()
+    assert values.histogram[1, 9] == (pixels[:, 1] == 9).sum()
+    assert len(set(values.digests)) == 299
+    assert values.digests[7] == values.digests[200]
+    assert (values.plain, values.grey, values.opaque) == (1, False, True)
+    grey = np.repeat(pixels[:, :1], 3, axis=1)
+    assert measure(Pictures(grey), progress=lambda x, total: x).grey
+    clear = np.concatenate([grey, pixels[:, :1]], axis=1)
+    values = measure(Pictures(clear), progress=lambda x, total: x)
+    assert (values.grey, values.opaque) == (True, False)
+
+
+FINE = Headers(Counter({(64, 64): 9000}), Counter(RGB=9000), 0, coloured=True)
+GREY = FINE._replace(coloured=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "headers", "changes", "says"),
+    [
+        ([], FINE, dict(), None),
+        ([], GREY, dict(grey=True), "all pictures are grey: dataset.channels=1"),
+        (["dataset.channels=4"], FINE, dict(), "nothing is transparent: dataset.channels=3"),
+        (["dataset.channels=1"], FINE, dict(), "coloured pictures: dataset.channels=3"),
+        (["dataset.channels=1"], GREY, dict(), None),
+        ([], FINE._replace(transparent=5), dict(), "dataset.channels=4 keeps it"),
+        (["dataset.image_size=128"], FINE._replace(sizes=Counter({(70, 80): 9})), dict(),
+         "smaller than 128x128 and are enlarged, which makes them soft: dataset.image_size=64"),
+        ([], FINE._replace(sizes=Counter({(64, 128): 9})), dict(), "leaves 50% of the area out"),
+        (["dataset.fit=pad"], FINE._replace(sizes=Counter({(64, 128): 9})), dict(), "black margin"),
+        ([], FINE, dict(levels=16), "all values lie in 0 ... 15"),
+        ([], FINE, dict(plain=2), "2 pictures are of a single colour"),
+        ([], FINE, dict(digests=[b"a"] * 9000), "8,999 of 9,000 training pictures are copies"),
+        ([], FINE, dict(held_out=[b"3", b"3", b"x"]), "2 held-out pictures are trained on, too"),
+        ([], FINE, dict(held_out=[]), "dataset.validation_fraction=0.05"),
+        (["dataset.random_flip=false"], FINE, dict(count=99), "dataset.random_flip=true doubles"),
+        (["model.dropout=0"], FINE, dict(count=99), "model.dropout=0.1"),
+        ([], FINE, dict(count=63), "a step takes 64 pictures and there are 63"),
+        (["dataset.name=mnist", "dataset.validation_fraction=0", "dataset.random_flip=true"], FINE,
+         dict(), "a mirrored digit is no digit: dataset.random_flip=false"),
+    ],
+)  # fmt: skip
+def test_advice(overrides, headers, changes, says):
+    digests = [str(i).encode() for i in range(changes.pop("count", 9000))]
+    held_out = changes.pop("held_out", [b"x"])
+    config = load_config("configs/folder.yml", overrides)
+    histogram = np.zeros((config.dataset.channels, 256), int)
+    histogram[:, : changes.pop("levels", 256)] = 1
+    values = Values(histogram, digests, plain=0, grey=False, opaque=True)._replace(**changes)
+    advice = advise(config, headers, values, held_out)
+    if says is None:
+        assert advice == []
+    else:
+        assert len([line for line in advice if says in line]) == 1, advice
+
+
+def test_a_contact_sheet_shows_what_is_trained_on():
+    pixels = np.zeros((3, 1, 8, 8), np.uint8)
+    pixels[1] = 200
+    sheet = np.asarray(contact_sheet(Pictures(pixels)))
+    assert sheet.shape == (68, 200, 3)
+    assert (sheet[34, [34, 100, 166]] == [[0] * 3, [200] * 3, [0] * 3]).all()
+    clear = np.zeros((1, 4, 300, 300), np.uint8)
+    assert np.asarray(contact_sheet(Pictures(clear))).shape == (260, 260, 3)
+    assert np.asarray(contact_sheet(Pictures(clear)))[128, 128].tolist() == [255] * 3

@@ -1,0 +1,400 @@
+"""evaluate.py in this process, on digits and a network of a few thousand weights."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_training import assert_same, train
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from typer.testing import CliRunner
+
+import evaluate
+from dataset import Files
+from evaluation import Ranks, likelihood_scores
+from metrics import INCEPTION
+
+PROJECT = Path(__file__).parent.parent
+
+
+class Net(nn.Module):
+    """uint8 [B, 3, H, W] -> features [B, 12], logits [B, 5]; the same each time."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 12, 3, stride=2)
+            self.fc = nn.Linear(12, 5)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.conv(pictures.float() / 127.5 - 1).relu().mean(dim=(2, 3))
+        return features, 9 * self.fc(features)
+
+
+class Registered(FeatureExtractorBase):
+    """`Net` as torch-fidelity knows extractors."""
+
+    def __init__(self, name, features_list, **_):
+        super().__init__(name, features_list)
+        self.net = Net()
+
+    get_provided_features_list = staticmethod(lambda: ("features", "logits"))
+    can_be_compiled = staticmethod(lambda: False)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "logits" if metric == "isc" else "features"
+
+    def forward(self, pictures):
+        found = dict(zip(("features", "logits"), self.net(pictures), strict=True))
+        exact = self.name == "test-net-64"
+        return tuple(found[k].double() if exact else found[k] for k in self.features_list)
+
+
+for name in ("test-net", "test-net-64"):
+    torch_fidelity.register_feature_extractor(name, Registered)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A run, two folders of digits, and an extractor."""
+    folder = tmp_path_factory.mktemp("place")
+    train(folder / "run", f"dataset.cache={folder / 'data/cache'}")
+    digits = load_digits()
+    for name, chosen in (("low", digits.target < 5), ("high", digits.target >= 5)):
+        (folder / name).mkdir()
+        for row in np.flatnonzero(chosen)[:300]:
+            pixels = (digits.images[row] * (255 / 16)).round().astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{row:04d}.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(Net().eval()).save(folder / "net.pt")
+    (folder / "configs").symlink_to(PROJECT / "configs")
+    return folder
+
+
+class Bound(NamedTuple):
+    t: Tensor
+    bits: Tensor
+    mse: Tensor
+    prior: Tensor
+
+
+def bits_per_dim(ddpm, x_0, seeds, *, batch_size, stride=1):
+    """Terms that fall from 2 bits at t = 0 as 1 / t, and tell pictures apart."""
+    assert x_0.dtype == torch.uint8
+    t = torch.arange(0, ddpm.diffusion.timesteps, stride)
+    own = x_0.double().mean(dim=(1, 2, 3)) / 255 + torch.tensor(seeds) / 1000
+    bits = torch.where(t == 0, 2.0, 1.0 / t.clamp(min=1)).double() + own[:, None]
+    return Bound(t, bits, bits / 10, 0.001 + 0 * own)
+
+
+@pytest.fixture
+def run(place, monkeypatch):
+    """`run(line)` is `python evaluate.py line` in this process: its output, and metrics.json."""
+    fake = SimpleNamespace(Bound=Bound, bits_per_dim=bits_per_dim)
+    monkeypatch.setitem(sys.modules, "likelihood", fake)
+    monkeypatch.chdir(place)
+
+    def run(line, code=0):
+        device = "" if "--device" in line else "--device cpu"
+        result = CliRunner().invoke(evaluate.app, f"{line} {device}".split())
+        assert result.exit_code == code, result.output
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        folder = re.search(r"^output: (.*)$", result.output, re.M)
+        facts = Path(folder[1], "metrics.json") if folder else None
+        return result.output, json.loads(facts.read_text()) if facts and code == 0 else None
+
+    return run
+
+
+def values(facts):
+    return {name: score["value"] for name, score in facts["scores"].items()}
+
+
+# ---- the numbers
+
+
+def test_two_folders_as_torch_fidelity_measures_them(place, run):
+    output, facts = run("low --reference high --extractor test-net --batch-size 37")
+    wanted = torch_fidelity.calculate_metrics(
+        input1=str(place / "low"), input2=str(place / "high"), feature_extractor="test-net",
+        isc=True, fid=True, kid=True, prc=True, kid_subset_size=300, cuda=False, cache=False,
+        save_cpu_ram=True, verbose=False,
+    )  # fmt: skip
+    assert wanted["frechet_inception_distance"] > 0.005
+    assert 0 < wanted["recall"] < 1
+    found = values(facts)
+    fid = found.pop("FID-300")
+    assert found == pytest.approx(
+        {
+            "IS-300": wanted["inception_score_mean"],
+            "KID": wanted["kernel_inception_distance_mean"],
+            "precision-300": wanted["precision"],
+            "recall-300": wanted["recall"],
+        },
+        rel=1e-6,
+    )
+    # it takes the mean in the features' precision, we in float64: equal where they are float64
+    assert fid == pytest.approx(wanted["frechet_inception_distance"], rel=1e-5)
+    exact = torch_fidelity.calculate_metrics(
+        input1=str(place / "low"), input2=str(place / "high"), feature_extractor="test-net-64",
+        fid=True, cuda=False, cache=False, save_cpu_ram=True, verbose=False,
+    )  # fmt: skip
+    found = values(run("low --reference high --extractor test-net-64 --metrics fid")[1])
+    assert found["FID-300"] == pytest.approx(exact["frechet_inception_distance"], rel=1e-9)
+    assert fid == pytest.approx(exact["frechet_inception_distance"], rel=1e-6)
+    assert facts["scores"]["IS-300"]["error"] == pytest.approx(wanted["inception_score_std"])
+    assert "FID-300" in output
+    assert "without NLL: only a model has a likelihood" in output
+    same = run("low --reference low --extractor test-net --metrics fid,kid,pr")[1]
+    assert values(same)["FID-300"] == pytest.approx(0, abs=1e-6)
+    assert values(same)["precision-300"] == values(same)["recall-300"] == 1
+
+
+def test_a_run_is_measured_whole(place, run):
+    line = "run --extractor net.pt --num-images 21 --timesteps 5 --nll-images 9"
+    output, facts = run(f"{line} --batch-size 8")
+    assert "it will take about" in output
+    assert "3 batches of 8 pictures x 5 steps, 23 calls for the likelihood" in output  # 9 x 20 / 8
+    names = ["FID-21", "IS-21", "KID", "precision-21", "recall-21", "NLL", "rate", "distortion"]
+    assert list(facts["scores"]) == [*names, "prior"]
+    recipe = facts["recipe"]
+    assert recipe["timesteps"] == 5
+    assert recipe["seeds"] == [0, 20]
+    assert recipe["step"] == 6
+    assert len(recipe["extractor"]["sha256"]) == 64
+    assert facts["reference"]["pictures"] == 1617
+    assert "21 pictures, not 50,000" in facts["not as in the paper"]
+    # other batches, and pictures kept
+    line = "run --extractor net.pt --num-images 21 --timesteps 5 --metrics fid,is --batch-size 5"
+    few = values(run(f"{line} --save-images --output kept")[1])
+    assert few == pytest.approx({k: values(facts)[k] for k in ("FID-21", "IS-21")}, rel=1e-5)
+    pictures = sorted(Path("kept/images").glob("*.png"))
+    assert len(pictures) == 21
+    # a stopped one makes what is missing
+    pictures[3].unlink()
+    times = {path: path.stat().st_mtime_ns for path in pictures if path.exists()}
+    again = run(f"{line} --save-images --output kept")[1]
+    assert values(again) == pytest.approx(few, rel=1e-6)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert pictures[3].exists()
+    # the folder measures as the run did
+    line_of_folder = "kept/images --reference configs/smoke.yml --extractor net.pt"
+    assert values(run(f"{line_of_folder} --metrics fid,is")[1]) == pytest.approx(few, rel=1e-6)
+    # another recipe does not go over it
+    output, _ = run(f"{line} --seed 1 --save-images --output kept", code=2)
+    assert "holds another evaluation (seeds differ)" in output
+
+
+def test_likelihood_of_a_split(place, run):
+    facts = run("run --metrics nll --output whole")[1]
+    pixels = Files(Path("low"), fit=(1, 8))  # the reader, to be independent of the data module
+    assert pixels.shape == (1, 8, 8)
+    found = np.load("whole/nll.npz")
+    assert found["bits"].shape == (180, 20)
+    total = found["prior"] + found["bits"].sum(axis=1)
+    score = facts["scores"]["NLL"]
+    assert score["value"] == pytest.approx(total.mean())
+    assert score["error"] == pytest.approx(total.std(ddof=1) / 180**0.5)
+    assert values(facts)["rate"] + values(facts)["distortion"] == pytest.approx(score["value"])
+    assert facts["recipe"]["nll"]["split"] == "validation"
+    # each row has its picture and its seed
+    train = run("run --metrics nll --split train --nll-images 40 --stride 3 --batch-size 64")[1]
+    assert list(values(train)) == [
+        "nll-estimate (stride 3)", "rate-estimate (stride 3)", "distortion", "prior"
+    ]  # fmt: skip
+
+
+def test_an_estimate_is_the_sum_where_terms_are_straight():
+    t = torch.arange(0, 100, 9)
+    whole = torch.arange(100.0, dtype=torch.float64)
+    bound = Bound(t, (200 - whole)[t][None], t[None].double(), torch.zeros(1).double())
+    found = likelihood_scores(bound, stride=9, timesteps=100)["nll-estimate (stride 9)"].value
+    # below the first and above the last kept t it is level
+    level = (200 - whole).clone()
+    level[1:9] = 200 - 9
+    assert found == pytest.approx(level.sum().item())
+
+
+def test_a_config_is_measured_by_what_it_holds_out(run):
+    _, facts = run("configs/smoke.yml --extractor net.pt --metrics fid,is")
+    assert list(facts["scores"]) == ["FID-180", "IS-180"]
+    assert facts["scores"]["FID-180"]["value"] < 0.1
+
+
+def test_references(place, run):
+    line = "low --extractor net.pt --metrics fid --reference"
+    one = values(run(f"{line} high")[1])
+    cached = max(Path("data/cache").glob("reference-*.npz"), key=lambda p: p.stat().st_mtime)
+    assert values(run(f"{line} {cached}")[1]) == one
+    before = cached.stat().st_mtime_ns
+    assert values(run(f"{line} high")[1]) == one
+    assert cached.stat().st_mtime_ns == before  # read, not made again
+    cached.write_bytes(cached.read_bytes()[:1000])
+    assert values(run(f"{line} high")[1]) == one
+    with np.load(cached) as statistics:
+        np.savez(place / "ttur.npz", mu=statistics["mu"], sigma=statistics["sigma"])
+    output, facts = run("low --extractor net.pt --reference ttur.npz")
+    assert "without KID: ttur.npz holds no features" in output
+    assert list(values(facts)) == ["FID-300", "IS-300"]
+    assert values(facts)["FID-300"] == one["FID-300"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("nowhere", "no checkpoint at nowhere"),
+        ("low --metrics fid,iss", "'iss' is unknown; did you mean is?"),
+        ("low --metrics fid", "low has no dataset: say --reference"),
+        ("low --metrics nll", "only a model has a likelihood"),
+        ("low --reference nowhere", "nowhere"),
+        ("low --reference big", "big is 9x8, and what is measured is 8x8"),
+        ("mixed", "b.png in mixed is 9x8 and the first picture is 8x8"),
+        ("low --timesteps 3", "--timesteps is of a model"),
+        ("low --num-images 301", "low has 300"),
+        ("run --timesteps 99", "timesteps 99"),
+        ("run --extractor nothing", "no TorchScript file, nor one of"),
+        ("run --stride 20 --metrics nll", "--stride 20"),
+        ("run --nll-images 181 --metrics nll", "validation has 180"),
+        ("run --device tpu", "--device tpu"),
+        ("run --devices 0", "--devices"),
+    ],
+)
+def test_mistakes_end_in_one_message(place, run, line, says):
+    for name, widths in (("big", {"a": 9}), ("mixed", {"a": 8, "b": 9})):
+        (place / name).mkdir(exist_ok=True)
+        for file, width in widths.items():
+            Image.new("L", (width, 8)).save(place / name / f"{file}.png")
+    extractor = "" if "--extractor" in line else "--extractor net.pt"
+    code = 1 if line == "mixed" else 2  # found while it is read
+    output, _ = run(f"{line} {extractor}", code)
+    assert says in " ".join(output.split())
+    assert len(output.splitlines()) < 12
+
+
+# ---- on several ranks, and while training
+
+
+def test_ranks_share_rows_evenly():
+    def ranks(rank):
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        alone = SimpleNamespace(
+            global_rank=0, world_size=1, is_global_zero=rank == 0, strategy=strategy
+        )
+        found = Ranks(alone)
+        found.rank, found.count = rank, 3
+        return found
+
+    shares = [ranks(rank).share(list(range(22)), 4) for rank in range(3)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(row for share in shares for batch in share for row in batch) == list(range(22))
+    assert max(len(batch) for share in shares for batch in share) == 4
+
+
+def scalars(run):
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_evaluation_while_training_leaves_no_trace(place, tmp_path):
+    one = train(tmp_path / "one")
+    extractor = f"training.extractor={place / 'net.pt'}"
+    cache = f"dataset.cache={tmp_path / 'cache'}"
+    other = train(
+        tmp_path / "two",
+        cache,
+        extractor,
+        "training.evaluate_every=3",
+        "training.evaluate_images=9",
+    )
+    assert_same(dict(one[0].state_dict()), dict(other[0].state_dict()))
+    assert_same(one[1], other[1])
+    found = scalars(tmp_path / "two")
+    for name in ("FID-9", "IS-9", "KID-9"):
+        assert found[f"evaluation/{name} dpm++ 20"] == [3, 6]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(place):
+    """Also through torchrun."""
+    line = "run --extractor net.pt --num-images 21 --timesteps 5 --metrics fid,is,kid,pr"
+    script = str(PROJECT / "evaluate.py")
+    found = {}
+    for name, launcher, devices in (
+        ("one", [], "1"),
+        ("two", [], "2"),
+        ("three", ["-m", "torch.distributed.run", "--nproc-per-node", "3"], "1"),
+    ):
+        result = subprocess.run(
+            [sys.executable, *launcher, script, *line.split(), "--device", "cpu",
+             "--devices", devices, "--output", name, "--batch-size", "4"],
+            cwd=place, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        found[name] = json.loads((place / name / "metrics.json").read_text())
+    assert [facts["devices"] for facts in found.values()] == [1, 2, 3]
+    one, *others = map(values, found.values())
+    for other in others:
+        assert other == pytest.approx(one, rel=1e-6)
+
+
+# ---- Inception
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """Random weights in the format that torch-fidelity fetches."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        torch.manual_seed(0)
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        kind = module.FeatureExtractorInceptionV3
+        patch.setattr(kind, "load_state_dict", lambda *_: None)
+        torch.save(kind(INCEPTION, ["2048"]).state_dict(), path)
+    return path
+
+
+def test_inception_from_a_file(run, inception):
+    output, facts = run(f"low --num-images 2 --metrics is --extractor-weights {inception}")
+    assert facts["recipe"]["extractor"]["name"] == INCEPTION
+    digest = hashlib.sha256(inception.read_bytes()).hexdigest()
+    assert f"features: {INCEPTION}, sha256 {digest}" in output
+    assert "not of the literature's Inception" in output  # by its digest
+
+
+@pytest.mark.slow
+def test_inception_is_torch_fidelitys(place, run, inception):
+    for name in ("low", "high"):
+        (place / f"few-{name}").mkdir()
+        for path in sorted((place / name).glob("*.png"))[:50]:
+            shutil.copy(path, place / f"few-{name}")
+    line = "few-low --reference few-high --metrics fid,is,kid,pr --batch-size 25"
+    found = values(run(f"{line} --extractor-weights {inception}")[1])
+    wanted = torch_fidelity.calculate_metrics(
+        input1=str(place / "few-low"), input2=str(place / "few-high"), kid_subset_size=50,
+        isc=True, fid=True, kid=True, prc=True, cuda=False, cache=False, save_cpu_ram=True,
+        verbose=False, batch_size=25, feature_extractor=INCEPTION,
+        feature_extractor_weights_path=str(inception),
+    )  # fmt: skip
+    keys = ["frechet_inception_distance", "inception_score_mean", "kernel_inception_distance_mean",
+            "precision", "recall"]  # fmt: skip
+    assert list(found.values()) == pytest.approx([wanted[key] for key in keys], rel=1e-5)

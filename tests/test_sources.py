@@ -1,0 +1,387 @@
+"""Every place pictures can come from, each made here in its true layout."""
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import threading
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_dataset import Evil, load, noise_image
+
+import named_sets
+from named_sets import fetch, find_pictures
+from sources import open_array, open_files
+
+
+def pixels_of(parts, key="train"):
+    return parts[key][list(range(len(parts[key])))].numpy()
+
+
+def random_pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+# ---- MNIST and Fashion-MNIST
+
+
+def write_idx(folder, *, count=5, packed=True, dot="-"):
+    """Both picture files; returns the pixels of each."""
+    folder.mkdir(parents=True)
+    written = {}
+    for part, seed in (("train", 0), ("t10k", 1)):
+        written[part] = random_pixels(count, 28, 28, seed=seed)
+        header = np.array([0x803, count, 28, 28], ">u4").tobytes()
+        content = header + written[part].tobytes()
+        path = folder / f"{part}-images{dot}idx3-ubyte{'.gz' * packed}"
+        path.write_bytes(gzip.compress(content) if packed else content)
+    return written
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "options"),
+    [
+        ("fashion-mnist", "", dict(packed=True)),  # as Debian has it
+        ("fashion-mnist", "FashionMNIST/raw", dict(packed=False)),  # as torchvision has it
+        ("mnist", "MNIST/raw", dict(packed=True)),
+        ("mnist", "", dict(packed=False, dot=".")),
+    ],
+)
+def test_idx_files_wherever_they_are(name, place, options, tmp_path):
+    written = write_idx(tmp_path / "root" / place, **options)
+    parts = load(tmp_path, name, image_size=28, channels=1)
+    assert np.array_equal(pixels_of(parts)[:, 0], written["train"])
+    assert np.array_equal(pixels_of(parts, "validation")[:, 0], written["t10k"])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_damaged_idx_file_is_named(packed, tmp_path):
+    write_idx(tmp_path / "root", packed=packed)
+    path = next((tmp_path / "root").glob("train*"))
+    for content in (path.read_bytes()[:-9], b"<html>quota</html>", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.* is damaged .* delete it"):
+            load(tmp_path, "mnist", image_size=28, channels=1)
+
+
+def test_debians_fashion_mnist():
+    root = Path("/usr/share/datasets/fashion-mnist")
+    if not root.is_dir():
+        pytest.skip("apt-get install dataset-fashion-mnist")
+    found = find_pictures("fashion-mnist", root)
+    assert found["train"].shape == (60_000, 28, 28, 1)
+    assert found["validation"].shape == (10_000, 28, 28, 1)
+    assert round(found["train"].mean() / 255, 4) == 0.2860  # the mean that everybody normalises by
+
+
+# ---- Flowers-102
+
+
+def write_flowers(home, train=(3, 1), valid=(5,), test=(2, 4, 6)):
+    from scipy.io import savemat
+
+    (home / "jpg").mkdir(parents=True)
+    for i in (*train, *valid, *test):
+        noise_image(i, (30, 20)).save(home / "jpg" / f"image_{i:05d}.jpg")
+    ids = dict(trnid=train, valid=valid, tstid=test)
+    savemat(home / "setid.mat", {key: np.array([value], np.uint16) for key, value in ids.items()})
+
+
+@pytest.mark.parametrize("place", ["", "flowers-102"])
+def test_flowers_trains_on_train_and_val(place, tmp_path):
+    home = tmp_path / "root" / place
+    write_flowers(home)
+    parts = load(tmp_path, "flowers102")
+    everything = pixels_of(load(tmp_path, root=str(home / "jpg")))  # in the order of their names
+    assert np.array_equal(pixels_of(parts), everything[[0, 2, 4]])
+    assert np.array_equal(pixels_of(parts, "validation"), everything[[1, 3, 5]])
+
+
+def test_flowers_that_lack_something(tmp_path):
+    write_flowers(tmp_path / "root")
+    (tmp_path / "root" / "jpg" / "image_00004.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"image_00004\.jpg is missing"):
+        load(tmp_path, "flowers102")
+    (tmp_path / "root" / "setid.mat").write_bytes(b"MATLAB 5.0")
+    with pytest.raises(ValueError, match=r"setid\.mat is damaged"):
+        load(tmp_path, "flowers102")
+
+
+# ---- LSUN
+
+
+def encoded(image, kind):
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("place", ["", "church_outdoor_train_lmdb"])
+def test_lsun_as_it_is_distributed(place, tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    images = [noise_image(i, (24, 16)) for i in range(6)]
+    (tmp_path / "folder").mkdir()
+    home = tmp_path / "root" / place
+    home.mkdir(parents=True)
+    with lmdb.open(str(home), map_size=2**24) as database, database.begin(write=True) as writing:
+        for i, image in enumerate(images):
+            kind = "webp" if i % 2 else "jpeg"
+            key = hashlib.sha1(bytes([i])).hexdigest()
+            writing.put(key.encode(), encoded(image, kind))
+            (tmp_path / "folder" / f"{key}.{kind}").write_bytes(encoded(image, kind))
+        writing.put(b"zz", b"not a picture")
+    expected = pixels_of(load(tmp_path, "lsun-church", root=str(tmp_path / "folder")))
+    assert np.array_equal(pixels_of(load(tmp_path, "lsun-church")), expected)
+    assert np.array_equal(pixels_of(load(tmp_path, "lsun-church", image_size=4)).shape[2:], (4, 4))
+    (home / "data.mdb").write_bytes(b"no" * 5000)
+    os.rename(tmp_path / "root", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"is damaged or no lmdb"):
+        load(tmp_path, "lsun-church", root=str(tmp_path / "other"))
+    with pytest.raises(FileNotFoundError, match=r"church_outdoor_train_lmdb\.zip"):
+        load(tmp_path, "lsun-church")
+
+
+# ---- tar
+
+
+@pytest.fixture
+def tar_of(tmp_path):
+    """Makes a tar of six pictures and other things, beside the same as a folder."""
+
+    def make(name, mode):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / name, mode) as archive:
+            for i in range(6):
+                path = tmp_path / "images" / f"{i}.png"
+                noise_image(i, (20, 16)).save(path)
+                archive.add(path, f"./deep/{i}.png")
+            (tmp_path / "notes.txt").write_text("not a picture")
+            archive.add(tmp_path / "notes.txt", "notes.txt")
+            archive.add(tmp_path / "notes.txt", "._0.png")
+            link = tarfile.TarInfo("evil.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(link)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.tar", "w"), ("a.tar.gz", "w:gz"), ("a", "w:xz")])
+def test_tar_is_a_folder(name, mode, tar_of, tmp_path):
+    path = tar_of(name, mode)
+    from_tar = pixels_of(load(tmp_path, "tar", root=str(path)))
+    assert np.array_equal(from_tar, pixels_of(load(tmp_path, root=str(tmp_path / "images"))))
+    source = open_files(path)
+    for row in (5, 0, 3, 3, 1):  # in any order, and twice
+        with Image.open(tmp_path / "images" / f"{row}.png") as image, source.open(row) as other:
+            assert image.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.tar", "w"), ("a.tar.gz", "w:gz")])
+def test_a_tar_cut_short_is_refused(name, mode, tar_of, tmp_path):
+    path = tar_of(name, mode)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="damaged"):
+        load(tmp_path, "tar", root=str(path))
+
+
+# ---- arrays
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW", "NHW"])
+@pytest.mark.parametrize("values", ["uint8", "int64", "0..1", "-1..1", "0..255"])
+def test_arrays_of_every_kind(values, layout, tmp_path):
+    pixels = random_pixels(10, 16, 16, 1 if layout == "NHW" else 3)
+    array = {
+        "uint8": lambda x: x,
+        "int64": lambda x: x.astype(np.int64),
+        "0..1": lambda x: (x / 255).astype(np.float32),
+        "-1..1": lambda x: (x / 127.5 - 1).astype(np.float16 if x.max() == 0 else np.float32),
+        "0..255": lambda x: x.astype(np.float64),
+    }[values](pixels)
+    if layout != "NHWC":
+        array = array[..., 0] if layout == "NHW" else array.transpose(0, 3, 1, 2)
+    np.save(tmp_path / "sprites.npy", array)
+    np.savez_compressed(tmp_path / "sprites.npz", labels=np.zeros((10, 5)), pictures=array)
+    shape = dict(image_size=16, channels=pixels.shape[3])
+    for name in ("npy", "npz"):
+        parts = load(tmp_path, name, root=str(tmp_path / f"sprites.{name}"), **shape)
+        assert np.array_equal(pixels_of(parts), pixels.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((4, 8, 8, 3)) - 7, r"float64 from -7 to -7; give uint8"),
+        (np.full((4, 8, 8, 3), np.nan), r"from nan to nan"),
+        (np.full((4, 8, 8, 3), 256), r"int64 from 256"),
+        (np.zeros((4, 8, 8, 3), complex), r"complex128"),
+        (np.zeros((4, 192)), r"\(4, 192\); pictures are \(N, H, W\)"),
+        (np.zeros((0, 8, 8, 3)), r"\(0, 8, 8, 3\)"),
+        (np.array([[[Evil()]]], dtype=object), r"pickled objects, which are never loaded"),
+    ],
+)
+def test_arrays_that_are_no_pictures(array, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", array, allow_pickle=True)
+    np.savez("a.npz", array, allow_pickle=True)
+    for path in (Path("a.npy"), Path("a.npz")):
+        if path.suffix == ".npz" and array.ndim < 3:
+            says = "holds"
+        with pytest.raises(ValueError, match=says):
+            open_array(path)
+    assert not Path("stolen").exists()
+
+
+def test_an_array_by_its_folder(tmp_path):
+    np.save(tmp_path / "a.npy", random_pixels(3, 8, 8))
+    assert len(open_array(tmp_path).names) == 3
+    np.save(tmp_path / "b.npy", random_pixels(3, 8, 8))
+    with pytest.raises(FileNotFoundError, match=r"holds 2 .* give one of them: a\.npy, b\.npy"):
+        open_array(tmp_path)
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"a\.npy .* cannot be read"):
+        open_array(tmp_path / "a.npy")
+    (tmp_path / "a.npy").write_bytes(pickle.dumps([1]))
+    with pytest.raises(ValueError, match=r"a\.npy .* cannot be read"):
+        open_array(tmp_path / "a.npy")
+
+
+# ---- the hub
+
+
+def test_huggingface_from_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    images = [noise_image(i, (20, 16)) for i in range(4)]
+    values = [{"bytes": encoded(image, "png"), "path": None} for image in images]
+    features = datasets.Features(label=datasets.Value("int32"), image=datasets.Image())
+    train = datasets.Dataset.from_dict({"label": [0] * 4, "image": values}, features=features)
+    datasets.DatasetDict(train=train, test=train.select([0])).save_to_disk(tmp_path / "root")
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(images):
+        image.save(tmp_path / "images" / f"{i}.png")
+    expected = pixels_of(load(tmp_path, root=str(tmp_path / "images")))
+    assert np.array_equal(pixels_of(load(tmp_path, "huggingface")), expected)
+    train.remove_columns("image").save_to_disk(tmp_path / "labels")
+    with pytest.raises(ValueError, match=r"no column of pictures: \['label'\]"):
+        load(tmp_path, "huggingface", root=str(tmp_path / "labels"))
+
+
+# ---- fetching
+
+
+@contextmanager
+def serve(files: dict[str, bytes], *, promise: int = 0):
+    """A site; promise: how many bytes more than it sends it says there are."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            content = files.get(self.path)
+            self.send_response(200 if content is not None else 404)
+            self.send_header("Content-Length", str(len(content or b"") + promise))
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=partial(server.serve_forever, 0.01), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+def test_a_file_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
+    content, path = random_pixels(100_000).tobytes(), tmp_path / "deep" / "file.bin"
+    options = dict(md5=md5(content), mend="put it there")
+    with serve({"/file.bin": content, "/bad/file.bin": content[:-1]}) as (site, _):
+        with pytest.raises(FileNotFoundError, match=r"404.*digest.*put it there"):
+            fetch([f"{site}/none/file.bin", f"{site}/bad/file.bin"], path, **options)
+        with monkeypatch.context() as patch:
+
+            def interrupted(stream, copy, _):
+                copy.write(stream.read(1000))
+                raise KeyboardInterrupt
+
+            patch.setattr(named_sets.shutil, "copyfileobj", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                fetch([f"{site}/file.bin"], path, **options)
+        assert list(path.parent.iterdir()) == []
+        fetch([f"{site}/none/file.bin", f"{site}/file.bin"], path, **options)
+    with (
+        serve({"/file.bin": content[:-1]}, promise=1) as (site, _),
+        pytest.raises(FileNotFoundError, match="digest"),
+    ):
+        fetch([f"{site}/file.bin"], tmp_path / "other.bin", **options)
+    assert path.read_bytes() == content
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["deep", "file.bin"]
+
+
+def test_mnist_is_fetched_once(tmp_path, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    written = write_idx(tmp_path / "site")
+    files = {f"/{p.name}": p.read_bytes() for p in (tmp_path / "site").iterdir()}
+    monkeypatch.setattr(MNIST, "resources", [(name[1:], md5(c)) for name, c in files.items()])
+    with serve(files) as (site, asked):
+        monkeypatch.setattr(MNIST, "mirrors", [f"{site}/"])
+        for _ in range(2):
+            parts = load(tmp_path, "mnist", image_size=28, channels=1)
+            assert np.array_equal(pixels_of(parts)[:, 0], written["train"])
+    assert sorted(asked) == sorted(files)
+
+
+def test_cifar10_is_unpacked_whole(tmp_path, monkeypatch):
+    from test_dataset import write_cifar
+    from torchvision.datasets import CIFAR10
+
+    pixels = write_cifar(tmp_path / "site")
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        archive.add(tmp_path / "site" / "cifar-10-batches-py", "cifar-10-batches-py")
+    content = stream.getvalue()
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5(content))
+    half = tmp_path / "root" / ".fetching-killed" / "cifar-10-batches-py"  # of a killed process
+    half.mkdir(parents=True)
+    with serve({"/cifar-10-python.tar.gz": content}) as (site, _):
+        monkeypatch.setattr(CIFAR10, "url", f"{site}/cifar-10-python.tar.gz")
+        parts = load(tmp_path, "cifar10", image_size=32)
+    assert torch.equal(parts["validation"][list(range(5))], torch.from_numpy(pixels[5]))
+    assert [p.name for p in (tmp_path / "root").iterdir() if not p.name.startswith(".")] == [
+        "cifar-10-batches-py"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("mnist", r"MNIST/raw.*cannot be fetched.*dataset\.root"),
+        ("flowers102", r"flowers-102/jpg.*cannot be fetched.*dataset\.root"),
+        ("cifar10", r"cifar-10-batches-py.*cannot be fetched.*dataset\.root"),
+    ],
+)
+def test_without_a_network_there_is_one_message(name, says, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(named_sets, "urlopen", unreachable)
+    with pytest.raises(FileNotFoundError, match=says) as caught:
+        load(tmp_path, name)
+    assert "\n" not in str(caught.value)
