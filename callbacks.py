@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
 from config import Config, TrainingConfig, to_yaml
-from diffusion_utils import make_steps
+from diffusion_utils import GaussianDiffusion, Step, make_steps
 
 
 class Interrupted(Exception):
@@ -306,17 +306,9 @@ class Previews(pl.Callback):
         every, step = self.config.preview_every, trainer.global_step
         if not every or step % every or not trainer.is_global_zero:
             return
-        steps = make_steps(
-            module.diffusion,
-            sampler="dpm++",
-            variance="large",
-            eta=0.0,
-            timesteps=min(20, module.diffusion.timesteps),
-            spacing="trailing",
-        )
-        initial_share = self.config.ema_decay**step
+        steps = preview_steps(module.diffusion)
         module.eval()
-        for weights in ("ema", "raw") if initial_share > 0.01 else ("ema",):
+        for weights in preview_weights(self.config, step):
             module.weights = weights
             grid = picture_grid(module.sample(steps, list(range(self.config.preview_images))))
             for logger in trainer.loggers:
@@ -327,6 +319,22 @@ class Previews(pl.Callback):
                     logger.log_image(f"samples/{weights}", [picture], step)
         module.weights = "ema"
         module.train()
+
+
+def preview_steps(diffusion: GaussianDiffusion) -> list[Step]:
+    return make_steps(
+        diffusion,
+        sampler="dpm++",
+        variance="large",
+        eta=0.0,
+        timesteps=min(20, diffusion.timesteps),
+        spacing="trailing",
+    )
+
+
+def preview_weights(config: TrainingConfig, step: int) -> tuple[str, ...]:
+    """The raw ones too while more than 1% of the average is still the initial weights."""
+    return ("ema", "raw") if config.ema_decay**step > 0.01 else ("ema",)
 
 
 def picture_grid(pictures: Tensor) -> Tensor:

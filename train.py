@@ -36,6 +36,7 @@ Examples:
   python train.py configs/cifar10.yml training.batch_size=64 --run-name small
   python train.py configs/cifar10.yml training.batch_size=64 --run-name small \\
       --continue-training
+  python train.py configs/cifar10.yml --dry-run --dollars-per-hour 3.50
   tensorboard --logdir lightning_logs
 """
 
@@ -69,6 +70,16 @@ def train(
             "folder, a safetensors file) start a new run: fine-tuning."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only measure: time, memory and cost of the run, from a few of its steps.",
+        ),
+    ] = False,
+    dollars_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="What all its hardware costs; implies --dry-run.")
+    ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the whole config, explained, and end.")
     ] = False,
@@ -78,6 +89,8 @@ def train(
     if config_file is None:
         list_configs(console)
         raise typer.Exit(2)
+    if dry_run or dollars_per_hour is not None:
+        raise typer.Exit(measure_only(config_file, overrides or (), dollars_per_hour, console))
     try:
         config = load_config(config_file, overrides or ())
         if print_config:
@@ -111,6 +124,24 @@ def train(
     if run:
         console.print(f"run folder: {run}")
     raise typer.Exit(code)
+
+
+def measure_only(config_file: Path, overrides, dollars_per_hour, console: Console) -> int:
+    """What --dry-run does; the exit code."""
+    try:
+        config = load_config(config_file, overrides)
+        quiet_libraries()
+        from dry_run import rehearse
+
+        if is_main_process():
+            rehearse(config, console, dollars_per_hour=dollars_per_hour)
+    except KeyboardInterrupt:
+        console.print("stopped; nothing was written")
+        return 130
+    except Exception as error:
+        fail(error)
+        return 2 if isinstance(error, ValueError | OSError) else 1
+    return 0
 
 
 def list_configs(console: Console) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+sys.path.pop(0)  # this folder: its train, sample and profile are not those meant
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from checkpoint import read_checkpoint, write_checkpoint

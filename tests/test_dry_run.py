@@ -1,0 +1,154 @@
+"""The dry run: what it counts, what it computes from that, and what it leaves behind."""
+
+import pytest
+import torch
+from test_commands import PROJECT, invoke
+
+import dry_run
+from config import load_config
+from diffusion_utils import GaussianDiffusion
+from dry_run import Rehearsal, Seconds, flops_per_picture, price, project
+from hardware import duration, si
+
+
+def closed_form(config) -> int:
+    """FLOPs forward, written down from the architecture: layer by layer, a multiply-add is 2."""
+    model, size = config.model, config.dataset.image_size
+    total, width = 0, 4 * model.base_channels
+    conv = lambda side, c_in, c_out, kernel: 2 * side**2 * c_in * c_out * kernel**2
+    attention = lambda side, c: conv(side, c, 4 * c, 1) + 2 * 2 * side**4 * c
+
+    def block(side, c_in, c_out):
+        shortcut = conv(side, c_in, c_out, 1) if c_in != c_out else 0
+        time = 2 * width * c_out
+        return conv(side, c_in, c_out, 3) + conv(side, c_out, c_out, 3) + shortcut + time
+
+    total += 2 * (model.base_channels * width + width**2)
+    widths = [model.base_channels * m for m in model.channel_multipliers]
+    total += conv(size, config.dataset.channels, widths[0], 3)
+    c, skips = widths[0], [widths[0]]
+    for level, c_out in enumerate(widths):
+        side = size // 2**level
+        for _ in range(model.num_res_blocks):
+            total += block(side, c, c_out)
+            total += attention(side, c_out) if side in model.attention_resolutions else 0
+            c = c_out
+            skips.append(c)
+        if level < len(widths) - 1:
+            total += conv(side // 2, c, c, 3)
+            skips.append(c)
+    total += 2 * block(side, c, c) + attention(side, c)
+    for level, c_out in reversed(list(enumerate(widths))):
+        side = size // 2**level
+        for _ in range(model.num_res_blocks + 1):
+            total += block(side, c + skips.pop(), c_out)
+            total += attention(side, c_out) if side in model.attention_resolutions else 0
+            c = c_out
+        total += conv(2 * side, c, c, 3) if level else 0
+    return total + conv(size, c, config.dataset.channels, 3)
+
+
+def test_flops_are_those_of_the_architecture():
+    config = load_config("configs/cifar10.yml")
+    forward, training = flops_per_picture(config)
+    assert forward == closed_form(config)
+    # backward is twice as much, but the pictures and the time embedding need no gradients
+    assert forward / 1e9 == pytest.approx(12.444, rel=1e-4)
+    assert training / 1e9 == pytest.approx(37.324, rel=1e-4)
+    assert closed_form(load_config("configs/celeba.yml")) / 1e9 == pytest.approx(497.03, rel=1e-4)
+
+
+def test_a_run_is_its_parts():
+    config = load_config("configs/cifar10.yml").training
+    whole = project(config, Seconds(step=0.015, preview=2.0, validation=10.0, checkpoint=1.0))
+    # 160 sets of previews, and the raw weights' until 0.9999^step is 0.01, at step 46,050
+    assert whole == pytest.approx((12_000, (160 + 9) * 2.0, 80 * 10.0, 160))
+    never = config.model_copy(
+        update={"preview_every": 0, "validate_every": 0, "save_every": 0, "max_steps": 3}
+    )
+    assert project(never, Seconds(1, 1, 1, 1)) == (3, 0, 0, 1)
+    uneven = never.model_copy(update={"save_every": 2})
+    assert project(uneven, Seconds(1, 1, 1, 1)).checkpoint == 2  # in between, and at the end
+
+
+def test_what_it_costs():
+    quote = dry_run.QUOTES["cifar10"]
+    assert price(10, 3.5, quote).startswith("$35.00 at $3.50 an hour, 2.0x less than the $70")
+    assert "2.0x more than the $70" in price(40, 3.5, quote)
+    assert price(10, 0.5, None) == "$5.00 at $0.50 an hour"
+    assert "which is $7 an hour here" in price(10, None, quote)
+
+
+def test_numbers_are_readable():
+    times = [0.0151, 3.2, 59.96, 250, 3599.7, 12_240, 3_124_800]
+    assert [duration(t) for t in times] == [
+        "15.1 ms", "3.2 s", "60 s", "4 min 10 s", "60 min 0 s", "3 h 24 min", "36 d 4 h",
+    ]  # fmt: skip
+    assert [si(v, "B") for v in (12.444e9, 3.822e18, 7.9e14, 5)] == [
+        "12.44 GB", "3.822 EB", "790 TB", "5 B",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with the configs, and little patience."""
+    (tmp_path / "configs").symlink_to(PROJECT / "configs")
+    monkeypatch.setattr(dry_run, "LONG", 0.1)
+    monkeypatch.setattr(dry_run, "matmul_peak", lambda *_: 1e12)
+    return tmp_path
+
+
+SMOKE = "train.py configs/smoke.yml training.accelerator=cpu"
+
+
+def test_it_prints_all_and_leaves_nothing(place, monkeypatch):
+    every = "training.preview_every=2 training.validate_every=3 training.save_every=2"
+    output = invoke(f"{SMOKE} {every} --dollars-per-hour 2", place, monkeypatch, code=0)
+    rows = dict(line.split(": ", 1) for line in output.splitlines())
+    assert list(rows)[:11] == [
+        "hardware", "data", "network", "step", "speed", "memory", "preview", "validation",
+        "checkpoint", "run", "cost",
+    ]  # fmt: skip
+    assert rows["network"].startswith("44,969 parameters")
+    assert "1,617 pictures, 180 held out" in rows["data"]
+    assert "at $2.00 an hour" in rows["cost"]
+    assert "quoted" not in output
+    assert [p.name for p in place.iterdir()] == ["configs"]
+
+
+def test_pictures_that_are_not_there_are_replaced_by_random_ones(place):
+    config = load_config("configs/smoke.yml", ["dataset.name=folder", f"dataset.root={place}/no"])
+    data, why = dry_run.open_data(config, ranks=2)
+    assert why.endswith("no (dataset.root) does not exist")
+    assert next(iter(data.train_dataloader())).shape == (4, 1, 8, 8)
+
+
+def holds(count, monkeypatch):
+    """From here on the device holds `count` pictures at a time."""
+    loss = GaussianDiffusion.loss
+
+    def limited(self, eps_model, x_0, t, eps):
+        if len(x_0) > count:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(self, eps_model, x_0, t, eps)
+
+    monkeypatch.setattr(GaussianDiffusion, "loss", limited)
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch):
+    run = Rehearsal(load_config("configs/smoke.yml", ["training.accelerator=cpu"]))
+    holds(3, monkeypatch)
+    run.fit_into_memory(8)
+    assert (
+        "8 pictures at a time do not fit into memory; training.micro_batch_size=2 does"
+        in run.notes[0]
+    )
+    run.steps(1, 8)  # and it is what the steps after that do
+    assert run.step == 2
+
+
+def test_a_network_that_does_not_fit_at_all(place, monkeypatch):
+    holds(0, monkeypatch)
+    output = invoke(f"{SMOKE} --dry-run", place, monkeypatch, code=2)
+    assert "error: not even one picture at a time fits" in output
+    assert [p.name for p in place.iterdir()] == ["configs"]
