@@ -92,6 +92,7 @@ def test_every_python_line(page, place, monkeypatch, request):
     assert len(commands(page)) == len(re.findall(r"^python ", page.read_text(), re.M))
     if changes := blocks(page, "diff"):
         request.getfixturevalue("copied")(changes)
+    monkeypatch.setattr("dry_run.LONG", 0.1)  # seconds
     for line in commands(page):
         if line in done:
             continue
