@@ -213,8 +213,8 @@ def race_table(
         rows.append(
             [
                 name,
-                f"{median / calls:.4g}",
-                f"{images / median:.4g}",
+                digits(median / calls),
+                digits(images / median),
                 f"{flops[name] / median / peak:.1%}",
                 f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})",
                 f"{memory[name]:.2f}",
@@ -240,6 +240,11 @@ def report(text: str) -> None:
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def digits(value: float) -> str:
+    """Four digits, never an exponent of ten that a person would not write."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def environment(device: torch.device) -> str:
