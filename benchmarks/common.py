@@ -257,7 +257,9 @@ def environment(device: torch.device) -> str:
         name = found[1] if found else platform.processor()
         bf16 = "with" if has_bf16(device) else "without"
         name += f", {torch.get_num_threads()} threads, {bf16} bfloat16"
-    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout
+    git = lambda *words: (
+        subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout
+    )
     changed = " with changes" if git("status", "--porcelain", "-uno").strip() else ""
     versions = [f"Python {platform.python_version()}"]
     for package in PEERS:

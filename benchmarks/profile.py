@@ -23,6 +23,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
 from benchmarks.common import (
+    ROOT,
     Contestant,
     Options,
     digits,
@@ -156,7 +157,7 @@ def step_table(options: Options, steps: int) -> str:
 
 def lightning_table(rounds: int, steps: int) -> str:
     overrides = ["training.accelerator=cpu", f"training.max_steps={steps}", "training.log_every=50"]
-    config = load_config("configs/smoke.yml", overrides)
+    config = load_config(ROOT / "configs/smoke.yml", overrides)
     seconds: dict[str, list[float]] = {"bare": [], "fit": []}
     for i in range(rounds):
         report(f"Lightning, round {i + 1} of {rounds}")
@@ -259,7 +260,7 @@ def growing(options: Options, size: int, batch: int, calls: int):
     """The model, the first `calls` sampling steps of it, and one training step."""
     attention = "[16]" if size <= 128 else "[]"  # at 256 four levels do not reach 16
     config = load_config(
-        "configs/cifar10.yml",
+        ROOT / "configs/cifar10.yml",
         [
             f"dataset.image_size={size}",
             f"training.batch_size={batch}",
