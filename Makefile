@@ -18,7 +18,7 @@ demo: .venv/ready
 	@echo "next:        $(BIN)/python sample.py lightning_logs/$(RUN) --num-images 8 --seed 64 --output-dir samples/more"
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow

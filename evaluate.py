@@ -1,20 +1,22 @@
 """Measure a model as the paper did, with the recipe beside the number."""
 
-import itertools
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
+from itertools import count, pairwise
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from train import fail, is_main_process, quiet_libraries
@@ -128,6 +130,8 @@ def evaluate(
         if not began and not isinstance(error, ValueError | OSError):
             raise
         fail(error)
+        if began and (launcher := trainer.strategy.launcher):
+            launcher.kill(signal.SIGKILL)  # the ranks started from here; they would work on alone
         raise typer.Exit(1 if began else 2) from None
 
 
@@ -150,10 +154,8 @@ class Job:
         """--output; or evaluations/NAME, NAME-2, ...: the first without another's numbers."""
         if self.asked.output:
             return self._check(self.asked.output)
-        name = run_name(self.asked.source)
-        if step := self.recipe.get("step"):
-            name += f"-step-{step}"
-        for number in itertools.count(1):
+        name = self.protocol.name
+        for number in count(1):
             folder = Path("evaluations", name if number == 1 else f"{name}-{number}")
             try:
                 return self._check(folder)
@@ -257,16 +259,17 @@ class Job:
         return read_pictures(self.images, seeds)
 
     def _forecast(self, ranks) -> None:
-        """Says how long it will take, measured on two network calls of a batch of real size."""
+        """Says how long it will take, measured on five network calls of a batch of real size."""
         from diffusion_utils import to_uint8
 
         protocol, batch = self.protocol, min(self.asked.batch_size, self.protocol.count)
-        chain = protocol.ddpm.chain([protocol.steps[0]] * 3, self.seeds[:batch], net=self.net)
+        chain = protocol.ddpm.chain([protocol.steps[0]] * 6, self.seeds[:batch], net=self.net)
         next(chain)[1].cpu()  # the first call is slow
-        start = time.perf_counter()
+        times = [time.perf_counter()]
         for _, x, _ in chain:
             x.cpu()  # waits for the device
-        call = (time.perf_counter() - start) / 2
+            times.append(time.perf_counter())
+        call = median(after - before for before, after in pairwise(times))
         share = lambda count: math.ceil(count / ranks.count / batch)
         steps, said, total = len(protocol.steps), [], 0.0
         if protocol.tally:
@@ -291,11 +294,9 @@ class Job:
     @contextmanager
     def _stage(self, what: str) -> Iterator:
         """Times it and shows how far it is; gives what wraps the list of a rank's batches."""
-        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         start = time.perf_counter()
-        with Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as bar:
+        hidden = not self.console.is_terminal
+        with Progress(console=self.console, transient=True, disable=hidden) as bar:
             task = bar.add_task(what)
             self._advance = partial(bar.advance, task)
 
@@ -306,7 +307,7 @@ class Job:
                     yield batch
                     done += len(batch)
                     bar.update(task, completed=done)
-                    if not self.console.is_terminal and time.perf_counter() - said > 60:
+                    if hidden and time.perf_counter() - said > 60:
                         said = time.perf_counter()
                         self.console.print(f"{what}: {done:,} of {total:,} on this device")
 
@@ -374,19 +375,11 @@ class Job:
         self.console.print(f"all of it: {self.folder / 'metrics.json'}")
 
 
-def run_name(source: Path) -> str:
-    """Of a run for its folder and for its checkpoints; else the file's."""
-    source = source.resolve()
-    if source.parent.name == "checkpoints":
-        source = source.parent.parent
-    return source.name if source.is_dir() else source.stem
-
-
 def duration(seconds: float) -> str:
     """'3.2 hours', in the unit that fits."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
+            return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.0f} seconds"
 
 

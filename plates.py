@@ -261,9 +261,10 @@ def extractor_features(name: str, device: torch.device) -> Callable[[Tensor], Te
 
 @torch.inference_mode()
 def draw_neighbours(job: Job, output: Path) -> None:
-    across, name = 5, job.asked.extractor
+    name = job.asked.extractor
     extract = extractor_features(name, job.ddpm.device) if name else middle_features(job.ddpm)
     train, held_out = real_pictures(job.ddpm).values()
+    across = min(5, len(train))
     batches = torch.arange(len(train)).split(job.asked.batch_size)
     drawn = job.ddpm.sample(job.steps, job.seeds(8)).cpu()
 

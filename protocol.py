@@ -57,6 +57,15 @@ class Protocol:
             raise ValueError(f"--split {split}: the dataset holds nothing out")
         return split
 
+    @property
+    def name(self) -> str:
+        """Of the run, for its folder and its checkpoints, and of the step; else the source's."""
+        source = self.asked.source.resolve()
+        if source.parent.name == "checkpoints":
+            source = source.parent.parent
+        name = source.name if source.is_dir() else source.stem
+        return f"{name}-step-{self.recipe['step']}" if self.recipe.get("step") else name
+
     def _open_source(self) -> None:
         """Pictures that are there, or a model that makes them."""
         asked, source = self.asked, self.asked.source

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from config import did_you_mean
 
 HELP = """
 Make pictures with a trained model.
@@ -22,7 +25,8 @@ pictures of another recipe go into a folder of their own.
 Examples:
 
 \b
-  python sample.py lightning_logs/digits --num-images 8
+  python sample.py pretrained/digits.safetensors --num-images 64
+  python sample.py --run-name digits --seeds 0-7,100 --upscale 8
   python sample.py lightning_logs/digits/checkpoints/last.ckpt \\
       --sampler dpm++ --timesteps 20 --output-dir quick
 """
@@ -32,7 +36,12 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 @app.command(help=HELP)
 def sample(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A trained model.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="CKPT", help="A trained model.")
+    ] = None,
+    run_name: Annotated[
+        str | None, typer.Option(help="Instead of CKPT: a run of lightning_logs, its newest.")
+    ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     image_size: Annotated[
@@ -62,10 +71,20 @@ def sample(
         Literal["large", "small"] | None, typer.Option(help="Of ddpm: fixedlarge or fixedsmall.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first picture; then + 1 each.")] = 0,
+    seeds: Annotated[
+        str | None, typer.Option(help="Instead of both: which pictures, such as 0-63,100.")
+    ] = None,
     weights: Annotated[
         Literal["ema", "raw"], typer.Option(help="The average, or the last training weights.")
     ] = "ema",
     grid: Annotated[bool, typer.Option(help="Write grid.png of up to 400 of them, too.")] = True,
+    upscale: Annotated[
+        int | None, typer.Option(min=2, max=64, help="Enlarged copies to look at, so many times.")
+    ] = None,
+    format: Annotated[
+        Literal["png", "jpg", "npz"], typer.Option(help="Copies of another kind beside the PNGs.")
+    ] = "png",
+    gif: Annotated[bool, typer.Option("--gif", help="chain.gif: how 36 of them arise.")] = False,
 ):
     console = Console(highlight=False, soft_wrap=True)
     try:
@@ -77,12 +96,15 @@ def sample(
             "spacing": spacing,
         }
         given = {key: value for key, value in given.items() if value is not None}
-        ddpm, steps, recipe = prepare(checkpoint, device, weights, image_size, given)
-        seeds = list(range(seed, seed + num_images))
+        chosen = parse_seeds(seeds) if seeds else list(range(seed, seed + num_images))
+        source = which_model(checkpoint, run_name)
+        ddpm, steps, recipe = prepare(source, device, weights, image_size, given)
+        if format == "jpg" and ddpm.config.dataset.channels in (2, 4):
+            raise ValueError("--format jpg knows no transparency, which these pictures have; png")
         if output_dir:
-            missing = missing_seeds(output_dir, seeds, recipe)
+            missing = missing_seeds(output_dir, chosen, recipe)
         else:
-            output_dir, missing = free_folder("samples", seeds, recipe)
+            output_dir, missing = free_folder("samples", chosen, recipe)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
@@ -96,20 +118,63 @@ def sample(
     )
     try:
         write_pictures(ddpm, steps, missing, batch_size, output_dir, recipe, console)
-        kept = len(seeds) - len(missing)
+        kept = len(chosen) - len(missing)
         console.print(
             f"{len(missing)} pictures written to {output_dir}"
             + (f", {kept} were there already" if kept else "")
         )
         if grid:
-            write_grid(output_dir, seeds[:400])
+            write_grid(output_dir, chosen[:400])
             console.print(f"all together: {output_dir / 'grid.png'}")
+        for path in write_copies(ddpm, steps, chosen, recipe, output_dir, upscale, format, gif):
+            console.print(f"also: {path}")
     except KeyboardInterrupt:
         console.print(f"stopped; what is finished is in {output_dir}, the same command goes on")
         raise typer.Exit(130) from None
     except Exception as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+def which_model(checkpoint: Path | None, run_name: str | None) -> Path:
+    """What the line asks for; ValueError where it asks for none, or for two."""
+    logs = Path("lightning_logs")
+    runs = sorted(path.parent.name for path in logs.glob("*/checkpoints"))
+    if (checkpoint is None) == (run_name is None):
+        there = f" (there are: {', '.join(runs)})" if runs else ""
+        raise ValueError(f"give a checkpoint or a --run-name{there}, one of them")
+    if run_name and run_name not in runs:
+        raise FileNotFoundError(f"no run {run_name!r} in {logs}{did_you_mean(run_name, runs)}")
+    return checkpoint or logs / run_name
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0-2,7' -> [0, 1, 2, 7]."""
+    seeds: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"--seeds {text!r}: {part!r} is neither 7 nor 0-63")
+        seeds |= dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return list(seeds)
+
+
+def write_copies(ddpm, steps, seeds, recipe, folder, upscale, format, gif) -> list[Path]:
+    """The copies that the line asks for; where they are."""
+    import copies
+
+    written = []
+    if upscale or format != "png":
+        pictures = read_pictures(folder, seeds)
+        if upscale:
+            written.append(copies.write_enlarged(folder, seeds, pictures, upscale))
+        if format != "png":
+            write = {"jpg": copies.write_jpgs, "npz": copies.write_npz}[format]
+            written.append(write(folder, seeds, pictures))
+    if gif:
+        path = folder / "chain.gif"
+        written.append(copies.write_gif(ddpm, steps, seeds, recipe["image_size"], path))
+    return written
 
 
 def prepare(checkpoint: Path, device: str, weights: str, image_size: int | None, given: dict):

@@ -1,4 +1,4 @@
-"""The commands as a person types them, each in its own process."""
+"""The commands as a person types them; in this process where that makes no difference."""
 
 import importlib
 import os
@@ -21,8 +21,6 @@ from test_training import Evil
 from typer.testing import CliRunner
 
 from config import load_config
-from convert import write_diffusers
-from pl_utils import DDPM
 
 PROJECT = Path(__file__).parent.parent
 
@@ -75,8 +73,8 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 
 def test_continue_takes_the_newest_and_says_which(place, monkeypatch):
-    output = run(
-        "python train.py configs/smoke.yml training.max_steps=8 --continue-training", place
+    output = invoke(
+        "train.py configs/smoke.yml training.max_steps=8 --continue-training", place, monkeypatch, 0
     )
     assert "continuing from lightning_logs/smoke/checkpoints/step-00000006.ckpt (step 6)" in output
     assert "changed: training.max_steps: 6 -> 8" in output
@@ -84,10 +82,13 @@ def test_continue_takes_the_newest_and_says_which(place, monkeypatch):
     assert "has all 8 steps" in invoke(again, place, monkeypatch, code=0)
 
 
-def test_a_path_alone_is_never_ignored(place):
+def test_a_path_alone_is_never_ignored(place, monkeypatch):
     path = "lightning_logs/smoke/checkpoints/step-00000004.ckpt"
-    output = run(
-        f"python train.py configs/smoke.yml --checkpoint-path {path} --run-name fork", place
+    output = invoke(
+        f"train.py configs/smoke.yml --checkpoint-path {path} --run-name fork",
+        place,
+        monkeypatch,
+        0,
     )
     assert f"continuing from {path} (step 4)" in output
     assert (place / "lightning_logs/fork/checkpoints/step-00000006.ckpt").exists()
@@ -99,10 +100,10 @@ def test_a_path_alone_is_never_ignored(place):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_second_run_gets_its_own_folder(place):
-    output = run("python train.py configs/smoke.yml training.max_steps=1", place)
+def test_a_second_run_gets_its_own_folder(place, monkeypatch):
+    output = invoke("train.py configs/smoke.yml training.max_steps=1", place, monkeypatch, 0)
     assert "run folder: lightning_logs/smoke-2" in output
-    output = run("python train.py configs/smoke.yml --run-name smoke", place, code=2)
+    output = invoke("train.py configs/smoke.yml --run-name smoke", place, monkeypatch, 2)
     assert "holds a run" in output
 
 
@@ -173,11 +174,14 @@ def test_signals_save_and_name_what_goes_on(place, signum, code):
     assert f"(step {step:,})" in output
 
 
-def test_the_papers_cifar10_run_starts(tmp_path):
+def test_the_papers_cifar10_run_starts(tmp_path, monkeypatch):
     write_cifar(tmp_path / "data")
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
-    output = run(
-        "python train.py configs/cifar10.yml training.max_steps=2 training.batch_size=4", tmp_path
+    output = invoke(
+        "train.py configs/cifar10.yml training.max_steps=2 training.batch_size=4",
+        tmp_path,
+        monkeypatch,
+        0,
     )
     assert "35,746,307 parameters" in output
     loss = float(re.search(r"loss ([\d.]+)", output)[1])
@@ -186,20 +190,19 @@ def test_the_papers_cifar10_run_starts(tmp_path):
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
 
 
-def test_a_folder_of_pictures(tmp_path):
+def test_a_folder_of_pictures(tmp_path, monkeypatch):
     folder = tmp_path / "mine"
     folder.mkdir()
     for i in range(12):
         noise_image(i, (20, 16)).save(folder / f"{i}.jpg")
     (folder / "broken.png").write_bytes(b"no")
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
-    output = run(
-        "python train.py configs/smoke.yml dataset.name=folder dataset.root=mine "
-        "dataset.channels=3 dataset.image_size=16 model.attention_resolutions=[8]", tmp_path
-    )  # fmt: skip
+    overrides = "dataset.channels=3 dataset.image_size=16 model.attention_resolutions=[8]"
+    command = f"train.py configs/smoke.yml dataset.name=folder dataset.root=mine {overrides}"
+    output = invoke(command, tmp_path, monkeypatch, 0)
     assert "1 of 13 files" in output
     assert "broken.png" in output
-    run("python sample.py lightning_logs/smoke --num-images 2", tmp_path)
+    invoke("sample.py lightning_logs/smoke --num-images 2", tmp_path, monkeypatch, 0)
     assert Image.open(tmp_path / "samples/000001.png").size == (16, 16)
 
 
@@ -209,20 +212,20 @@ def losses(run: Path) -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars("train/loss")}
 
 
-def test_two_devices_are_one_run(tmp_path):
+def test_two_devices_are_one_run(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
     common = (
         "configs/smoke.yml model.dropout=0.0 training.accelerator=cpu training.log_every=1 "
         "training.validate_every=10 training.max_steps=30"
     )
     two = "training.devices=2 training.micro_batch_size=2"
-    run(f"python train.py {common} --run-name one", tmp_path)
+    invoke(f"train.py {common} --run-name one", tmp_path, monkeypatch, 0)
     output = run(f"python train.py {common} {two} --run-name two", tmp_path)
     assert output.count("run folder: lightning_logs/two") == 2
     # and on two, then on one, then on two again
     run(f"python train.py {common} {two} training.max_steps=10 --run-name both", tmp_path)
-    run(f"python train.py {common} training.max_steps=20 --run-name both --continue-training",
-        tmp_path)  # fmt: skip
+    alone = f"train.py {common} training.max_steps=20 --run-name both --continue-training"
+    invoke(alone, tmp_path, monkeypatch, 0)
     run(f"python train.py {common} {two} --run-name both --continue-training", tmp_path)
     names = "one", "two", "both"
     one, *others = (
@@ -260,7 +263,7 @@ def test_print_config_is_a_config(place, monkeypatch):
 
 
 def test_sample_fills_what_is_missing(place, monkeypatch):
-    output = run("python sample.py lightning_logs/smoke --num-images 8", place)
+    output = invoke("sample.py lightning_logs/smoke --num-images 8", place, monkeypatch, 0)
     assert "8 pictures written" in output
     first = pictures(place / "samples")
     assert sorted(first) == [f"{i:06d}.png" for i in range(8)]
@@ -269,7 +272,9 @@ def test_sample_fills_what_is_missing(place, monkeypatch):
     whole = (place / "samples/000005.png").read_bytes()
     (place / "samples/000005.png").write_bytes(whole[: len(whole) // 2])
     times = {p.name: p.stat().st_mtime_ns for p in (place / "samples").glob("0*.png")}
-    output = run("python sample.py lightning_logs/smoke --num-images 8 --batch-size 3", place)
+    output = invoke(
+        "sample.py lightning_logs/smoke --num-images 8 --batch-size 3", place, monkeypatch, 0
+    )
     assert "2 pictures written" in output
     assert "6 were there already" in output
     assert pictures(place / "samples") == first
@@ -333,34 +338,39 @@ def test_help_is_a_page_with_an_example(script, tmp_path):
     assert len(options) >= 4
 
 
-def stand_ins(place: Path) -> None:
-    """Small models where the README has those that must be downloaded."""
-    ddpm = DDPM(load_config("configs/cifar10.yml", ["model.base_channels=8"]))
-    write_diffusers(ddpm, place / "google" / "ddpm-cifar10-32", "unknown")
-    (place / "google" / "ddpm-cifar10-32" / "ddpm.json").unlink()
-    torch.save(ddpm.ema.state_dict(), place / "ema_cifar10.ckpt")
+def test_copies(place, monkeypatch):
+    command = "sample.py --run-name smoke --seeds 0-2,9 --output-dir copies --upscale 3"
+    invoke(f"{command} --format npz --gif", place, monkeypatch, code=0)
+    folder = place / "copies"
+    plain = np.stack([np.array(Image.open(folder / f"{s:06d}.png")) for s in (0, 1, 2, 9)])
+    large = np.array(Image.open(folder / "enlarged" / "000009.png"))
+    assert np.array_equal(large, plain[3].repeat(3, 0).repeat(3, 1))  # whole pixels
+    with np.load(folder / "pictures.npz") as packed:
+        assert np.array_equal(packed["arr_0"][..., 0], plain)
+        assert packed["seeds"].tolist() == [0, 1, 2, 9]
+    with Image.open(folder / "chain.gif") as film:
+        assert 15 < film.n_frames <= 20  # one a step, and equal ones together
+        film.seek(film.n_frames - 1)
+        last = np.array(film.convert("L")).astype(int)
+    assert np.abs(last - np.array(Image.open(folder / "grid.png").convert("L"))).max() <= 4
+    again = invoke(f"{command} --format jpg", place, monkeypatch, code=0)
+    assert "0 pictures written to copies, 4 were there already" in again
+    jpg = np.array(Image.open(folder / "000009.jpg"))
+    assert np.abs(jpg.astype(int) - plain[3]).mean() < 4
 
 
-def test_every_python_line_of_the_readme(place, monkeypatch):
-    """In their order; the long runs are cut to two small steps."""
-    write_cifar(place / "data")
-    stand_ins(place)
-    for folder, size in (("data/celeba-hq", 256), ("mine", 20)):
-        (place / folder).mkdir(parents=True)
-        for i in range(4):
-            noise_image(i, (size, size)).save(place / folder / f"{i}.png")
-    short = (
-        "model.base_channels=8 training.max_steps=2 training.batch_size=2 training.num_workers=0"
-    )
-    readme = (PROJECT / "README.md").read_text()
-    lines = re.findall(r"^python (.*?)(?:  #.*)?$", readme, re.M)
-    assert len(lines) > 8
-    for line in lines:
-        long = re.search(r"configs/(digits|cifar10|celeba)\.yml", line)
-        if "devices=2" in line:  # starts itself again
-            run(f"python {line}", place)
-        else:
-            invoke(f"{line} {short}" if long else line, place, monkeypatch, code=0)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("", "give a checkpoint or a --run-name (there are: "),
+        ("x.ckpt --run-name smoke", "one of them"),
+        ("--run-name smok", "no run 'smok' in lightning_logs; did you mean smoke?"),
+        ("--run-name smoke --seeds 5-3", "'5-3' is neither 7 nor 0-63"),
+        ("--run-name smoke --seeds 1,,2", "'' is neither 7 nor 0-63"),
+    ],
+)
+def test_which_model_and_which_pictures(place, arguments, says, monkeypatch):
+    assert says in invoke(f"sample.py {arguments}", place, monkeypatch, code=2)
 
 
 def test_a_mistake_in_a_process_of_its_own(place):

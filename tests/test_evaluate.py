@@ -8,8 +8,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -24,9 +22,10 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from typer.testing import CliRunner
 
 import evaluate
-from dataset import Files
-from evaluation import Ranks, likelihood_scores
+from data import Data
+from likelihood import bits_per_dim
 from metrics import INCEPTION
+from pl_utils import load_ddpm
 
 PROJECT = Path(__file__).parent.parent
 
@@ -88,27 +87,9 @@ def place(tmp_path_factory):
     return folder
 
 
-class Bound(NamedTuple):
-    t: Tensor
-    bits: Tensor
-    mse: Tensor
-    prior: Tensor
-
-
-def bits_per_dim(ddpm, x_0, seeds, *, batch_size, stride=1):
-    """Terms that fall from 2 bits at t = 0 as 1 / t, and tell pictures apart."""
-    assert x_0.dtype == torch.uint8
-    t = torch.arange(0, ddpm.diffusion.timesteps, stride)
-    own = x_0.double().mean(dim=(1, 2, 3)) / 255 + torch.tensor(seeds) / 1000
-    bits = torch.where(t == 0, 2.0, 1.0 / t.clamp(min=1)).double() + own[:, None]
-    return Bound(t, bits, bits / 10, 0.001 + 0 * own)
-
-
 @pytest.fixture
 def run(place, monkeypatch):
     """`run(line)` is `python evaluate.py line` in this process: its output, and metrics.json."""
-    fake = SimpleNamespace(Bound=Bound, bits_per_dim=bits_per_dim)
-    monkeypatch.setitem(sys.modules, "likelihood", fake)
     monkeypatch.chdir(place)
 
     def run(line, code=0):
@@ -202,34 +183,28 @@ def test_a_run_is_measured_whole(place, run):
     assert "holds another evaluation (seeds differ)" in output
 
 
-def test_likelihood_of_a_split(place, run):
-    facts = run("run --metrics nll --output whole")[1]
-    pixels = Files(Path("low"), fit=(1, 8))  # the reader, to be independent of the data module
-    assert pixels.shape == (1, 8, 8)
-    found = np.load("whole/nll.npz")
-    assert found["bits"].shape == (180, 20)
-    total = found["prior"] + found["bits"].sum(axis=1)
+def test_likelihood_of_a_split(run):
+    facts = run("run --metrics nll --nll-images 9 --seed 5 --output some")[1]
+    ddpm = load_ddpm("run")
+    data = Data(ddpm.config)
+    data.setup()
+    rows = np.linspace(0, 179, 9).round().astype(int).tolist()
+    pictures = data.pictures["validation"][rows]
+    wanted = bits_per_dim(ddpm, pictures, list(range(5, 14)), batch_size=9)
+    found = np.load("some/nll.npz")
+    assert found["rows"].tolist() == rows
+    np.testing.assert_allclose(found["bits"], wanted.bits, rtol=1e-4)
+    total = (wanted.prior + wanted.bits.sum(dim=1)).numpy()
     score = facts["scores"]["NLL"]
-    assert score["value"] == pytest.approx(total.mean())
-    assert score["error"] == pytest.approx(total.std(ddof=1) / 180**0.5)
-    assert values(facts)["rate"] + values(facts)["distortion"] == pytest.approx(score["value"])
+    assert score["value"] == pytest.approx(total.mean(), rel=1e-5)
+    assert score["error"] == pytest.approx(total.std(ddof=1) / 3, rel=1e-4)
+    parts = values(facts)
+    assert parts["rate"] + parts["distortion"] == pytest.approx(parts["NLL"])
     assert facts["recipe"]["nll"]["split"] == "validation"
-    # each row has its picture and its seed
-    train = run("run --metrics nll --split train --nll-images 40 --stride 3 --batch-size 64")[1]
-    assert list(values(train)) == [
+    line = "run --metrics nll --split train --nll-images 3 --stride 3"
+    assert list(values(run(line)[1])) == [
         "nll-estimate (stride 3)", "rate-estimate (stride 3)", "distortion", "prior"
     ]  # fmt: skip
-
-
-def test_an_estimate_is_the_sum_where_terms_are_straight():
-    t = torch.arange(0, 100, 9)
-    whole = torch.arange(100.0, dtype=torch.float64)
-    bound = Bound(t, (200 - whole)[t][None], t[None].double(), torch.zeros(1).double())
-    found = likelihood_scores(bound, stride=9, timesteps=100)["nll-estimate (stride 9)"].value
-    # below the first and above the last kept t it is level
-    level = (200 - whole).clone()
-    level[1:9] = 200 - 9
-    assert found == pytest.approx(level.sum().item())
 
 
 def test_a_config_is_measured_by_what_it_holds_out(run):
@@ -291,28 +266,6 @@ def test_mistakes_end_in_one_message(place, run, line, says):
 # ---- on several ranks, and while training
 
 
-def test_ranks_share_rows_evenly():
-    def ranks(rank):
-        strategy = SimpleNamespace(root_device=torch.device("cpu"))
-        alone = SimpleNamespace(
-            global_rank=0, world_size=1, is_global_zero=rank == 0, strategy=strategy
-        )
-        found = Ranks(alone)
-        found.rank, found.count = rank, 3
-        return found
-
-    shares = [ranks(rank).share(list(range(22)), 4) for rank in range(3)]
-    assert len({len(share) for share in shares}) == 1
-    assert sorted(row for share in shares for batch in share for row in batch) == list(range(22))
-    assert max(len(batch) for share in shares for batch in share) == 4
-
-
-def scalars(run):
-    events = EventAccumulator(str(run))
-    events.Reload()
-    return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 def test_evaluation_while_training_leaves_no_trace(place, tmp_path):
     one = train(tmp_path / "one")
     extractor = f"training.extractor={place / 'net.pt'}"
@@ -326,9 +279,10 @@ def test_evaluation_while_training_leaves_no_trace(place, tmp_path):
     )
     assert_same(dict(one[0].state_dict()), dict(other[0].state_dict()))
     assert_same(one[1], other[1])
-    found = scalars(tmp_path / "two")
+    events = EventAccumulator(str(tmp_path / "two"))
+    events.Reload()
     for name in ("FID-9", "IS-9", "KID-9"):
-        assert found[f"evaluation/{name} dpm++ 20"] == [3, 6]
+        assert [e.step for e in events.Scalars(f"evaluation/{name} dpm++ 20")] == [3, 6]
 
 
 @pytest.mark.slow
@@ -353,6 +307,31 @@ def test_two_processes_are_one(place):
     one, *others = map(values, found.values())
     for other in others:
         assert other == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_while_training_as_one(place):
+    line = (
+        "configs/smoke.yml training.accelerator=cpu training.max_steps=3 model.dropout=0.0 "
+        f"training.evaluate_every=3 training.evaluate_images=9 training.extractor={place}/net.pt"
+    )
+    for devices in ("1", "2"):
+        result = subprocess.run(
+            [sys.executable, str(PROJECT / "train.py"), *line.split(),
+             f"training.devices={devices}", "--run-name", f"on-{devices}"],
+            cwd=place, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+    one, two = (last_values(place / "lightning_logs" / f"on-{n}") for n in (1, 2))
+    assert "evaluation/FID-9 dpm++ 20" in one
+    assert two == pytest.approx(one, rel=1e-3)
+
+
+def last_values(run):
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("evaluation/")]
+    return {tag: events.Scalars(tag)[-1].value for tag in tags}
 
 
 # ---- Inception

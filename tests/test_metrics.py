@@ -1,6 +1,7 @@
 """Metrics against closed forms, and their parts against torch-fidelity's own."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from test_training import Evil
 from torch import nn
 
+from evaluation import Ranks, likelihood_scores
+from likelihood import Bound
 from metrics import (
     INCEPTION,
     Extractor,
@@ -105,6 +108,33 @@ def test_shares_add_up_to_the_whole():
         torch.testing.assert_close(sum(others), mine, rtol=1e-12, atol=1e-12)
     spread = np.linspace(0, 30, 10).round().astype(int)
     assert torch.equal(whole.features, features[spread])
+
+
+def test_ranks_share_rows_evenly():
+    def ranks(rank):
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        alone = SimpleNamespace(
+            global_rank=0, world_size=1, is_global_zero=rank == 0, strategy=strategy
+        )
+        found = Ranks(alone)
+        found.rank, found.count = rank, 3
+        return found
+
+    shares = [ranks(rank).share(list(range(22)), 4) for rank in range(3)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(row for share in shares for batch in share for row in batch) == list(range(22))
+    assert max(len(batch) for share in shares for batch in share) == 4
+
+
+def test_an_estimate_is_the_sum_where_terms_are_straight():
+    t = torch.arange(0, 100, 9)
+    whole = torch.arange(100.0, dtype=torch.float64)
+    bound = Bound(t, (200 - whole)[t][None], t[None].double(), torch.zeros(1).double())
+    found = likelihood_scores(bound, stride=9, timesteps=100)["nll-estimate (stride 9)"].value
+    # below the first and above the last kept t it is level
+    level = (200 - whole).clone()
+    level[1:9] = 200 - 9
+    assert found == pytest.approx(level.sum().item())
 
 
 def test_statistics_come_back_from_a_file(tmp_path):
