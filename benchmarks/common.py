@@ -47,9 +47,8 @@ class Options(NamedTuple):
     def config(self, *overrides: str) -> Config:
         """The paper's network for pictures of this size."""
         name = {32: "cifar10", 256: "celeba"}[self.image_size]
-        return load_config(
-            f"configs/{name}.yml", [*overrides, f"training.batch_size={self.batch_size}"]
-        )
+        batch = f"training.batch_size={self.batch_size}"
+        return load_config(ROOT / f"configs/{name}.yml", [batch, *overrides])
 
 
 class Contestant(NamedTuple):
