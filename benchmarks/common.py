@@ -47,9 +47,8 @@ class Options(NamedTuple):
     def config(self, *overrides: str) -> Config:
         """The paper's network for pictures of this size."""
         name = {32: "cifar10", 256: "celeba"}[self.image_size]
-        return load_config(
-            f"configs/{name}.yml", [*overrides, f"training.batch_size={self.batch_size}"]
-        )
+        batch = f"training.batch_size={self.batch_size}"
+        return load_config(ROOT / f"configs/{name}.yml", [batch, *overrides])
 
 
 class Contestant(NamedTuple):
@@ -213,8 +212,8 @@ def race_table(
         rows.append(
             [
                 name,
-                f"{median / calls:.4g}",
-                f"{images / median:.4g}",
+                digits(median / calls),
+                digits(images / median),
                 f"{flops[name] / median / peak:.1%}",
                 f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})",
                 f"{memory[name]:.2f}",
@@ -242,6 +241,11 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def digits(value: float) -> str:
+    """Four digits, never an exponent of ten that a person would not write."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def environment(device: torch.device) -> str:
     """Hardware, versions, commit and command."""
     if device.type == "cuda":
@@ -252,7 +256,9 @@ def environment(device: torch.device) -> str:
         name = found[1] if found else platform.processor()
         bf16 = "with" if has_bf16(device) else "without"
         name += f", {torch.get_num_threads()} threads, {bf16} bfloat16"
-    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout
+    git = lambda *words: (
+        subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout
+    )
     changed = " with changes" if git("status", "--porcelain", "-uno").strip() else ""
     versions = [f"Python {platform.python_version()}"]
     for package in PEERS:

@@ -23,8 +23,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
 from benchmarks.common import (
+    ROOT,
     Contestant,
     Options,
+    digits,
     environment,
     markdown,
     pick_device,
@@ -155,7 +157,7 @@ def step_table(options: Options, steps: int) -> str:
 
 def lightning_table(rounds: int, steps: int) -> str:
     overrides = ["training.accelerator=cpu", f"training.max_steps={steps}", "training.log_every=50"]
-    config = load_config("configs/smoke.yml", overrides)
+    config = load_config(ROOT / "configs/smoke.yml", overrides)
     seconds: dict[str, list[float]] = {"bare": [], "fit": []}
     for i in range(rounds):
         report(f"Lightning, round {i + 1} of {rounds}")
@@ -212,35 +214,36 @@ def fit(config, steps: int) -> float:
 
 def growth_tables(options: Options, rounds: int) -> str:
     """The CIFAR-10 network on larger pictures, larger batches and more sampling steps."""
+    calls = 1 if options.device.type == "cpu" else 40
     sizes = []
     for size in (32, 64, 128, 256):
         report(f"growth: pictures of {size}")
-        ddpm, call, step = growing(options, size, 1)
+        ddpm, call, step = growing(options, size, 1, calls)
         sizes.append(
             [
                 str(size),
                 si(flops_per_picture(ddpm.config)[0], "FLOP"),
-                f"{middle(call, options, rounds) * 1e3:.4g}",
-                f"{middle(step, options, rounds) * 1e3:.4g}",
+                digits(middle(call, options, rounds) / calls * 1e3),
+                digits(middle(step, options, rounds) * 1e3),
             ]
         )
     batches = []
     for batch in (1, 2, 4, 8, 16, 32, 64):
         report(f"growth: batches of {batch}")
-        _, call, step = growing(options, 32, batch)
+        _, call, step = growing(options, 32, batch, calls)
         batches.append(
             [
                 str(batch),
-                f"{batch / middle(call, options, rounds):.4g}",
-                f"{batch / middle(step, options, rounds):.4g}",
+                digits(batch * calls / middle(call, options, rounds)),
+                digits(batch / middle(step, options, rounds)),
             ]
         )
-    ddpm, *_ = growing(options, 32, 1)
+    ddpm, *_ = growing(options, 32, 1, calls)
     net, counts = ddpm.sampling_net(), []
     for count in (5, 10, 20, 40):
         report(f"growth: {count} sampling steps")
         turn = partial(ddpm.sample, ddpm_steps(ddpm)[:count], [0], net=net)
-        counts.append([str(count), f"{middle(turn, options, rounds) / count * 1e3:.4g}"])
+        counts.append([str(count), digits(middle(turn, options, rounds) / count * 1e3)])
     return "\n\n".join(
         [
             f"The CIFAR-10 network, medians of {rounds}. Pictures, batch 1:",
@@ -253,11 +256,11 @@ def growth_tables(options: Options, rounds: int) -> str:
     )
 
 
-def growing(options: Options, size: int, batch: int):
-    """The model, one sampling step of it, and one training step."""
+def growing(options: Options, size: int, batch: int, calls: int):
+    """The model, the first `calls` sampling steps of it, and one training step."""
     attention = "[16]" if size <= 128 else "[]"  # at 256 four levels do not reach 16
     config = load_config(
-        "configs/cifar10.yml",
+        ROOT / "configs/cifar10.yml",
         [
             f"dataset.image_size={size}",
             f"training.batch_size={batch}",
@@ -269,7 +272,7 @@ def growing(options: Options, size: int, batch: int):
     net, optimizer = ddpm.sampling_net(), ddpm.configure_optimizers()
     pictures = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
     pictures = pictures.to(options.device)
-    call = partial(ddpm.sample, ddpm_steps(ddpm)[:1], list(range(batch)), net=net)
+    call = partial(ddpm.sample, ddpm_steps(ddpm)[:calls], list(range(batch)), net=net)
     return ddpm, call, partial(ddpm.update, pictures, optimizer, step=1)
 
 
