@@ -234,7 +234,8 @@ class Dropout(nn.Dropout):
     """Dropout; on the CPU four 16-bit numbers come from each draw, which costs a third."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and self.p) or x.device.type != "cpu":
+        plain = x.device.type != "cpu" or torch.compiler.is_compiling()  # it cannot trace `random_`
+        if plain or not (self.training and self.p):
             return super().forward(x)
         draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
         numbers = draws.view(torch.int16)[: x.numel()].as_strided(x.shape, x.stride())
