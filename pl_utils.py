@@ -101,8 +101,8 @@ class DDPM(pl.LightningModule):
             return
         while not self._fits():
             self.micro //= 2
-        smallest = self.trainer.strategy.reduce(-torch.tensor(float(self.micro)), reduce_op="max")
-        self.micro = -int(smallest)
+        mine = torch.tensor(-float(self.micro), device=self.device)
+        self.micro = -int(self.trainer.strategy.reduce(mine, reduce_op="max"))  # all ranks' least
 
     def _fits(self) -> bool:
         """One gradient of a micro-batch: whether memory holds it. Compiles, or gives it up."""
@@ -261,6 +261,7 @@ class DDPM(pl.LightningModule):
         if self.bf16:
             net = net.to(torch.bfloat16)
         if compiles:
+            torch._dynamo.config.suppress_errors = True  # where it cannot: slower, with a warning
             net.compile()
         return net
 
