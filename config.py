@@ -86,6 +86,11 @@ class ModelConfig(Section):
     dropout: float = Field(0.1, ge=0, lt=1)
     """inside the residual blocks"""
 
+    @field_validator("attention_resolutions")
+    @classmethod
+    def _finest_first(cls, sizes):
+        return sorted(set(sizes), reverse=True)
+
 
 class DiffusionConfig(Section):
     """The forward process q."""

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from config import Config, to_yaml
+from config import Config, differences, to_yaml
 
 HELP = """
 Take in weights of other DDPM codes, and give ours to them.
@@ -101,6 +101,8 @@ def take_in(source: str, out: Path, overrides: list[str]) -> None:
         "state_dict": ddpm.state_dict(),
         "global_step": found.step,
     }
+    if found.only:
+        checkpoint["weights"] = found.only
     write_checkpoint(checkpoint, out)
     for note in found.notes:
         console.print(f"assumed: {note}")
@@ -110,7 +112,9 @@ def take_in(source: str, out: Path, overrides: list[str]) -> None:
 def give_out(checkpoint: str, out: Path, format: str, weights: str, license: str) -> None:
     from pl_utils import load_ddpm
 
-    suffix = f".{format}"
+    out, suffix = out.resolve(), f".{format}"
+    if out.suffix in {".safetensors", ".onnx"} - {suffix}:
+        raise ValueError(f"{out.name} is no name for --format {format}")
     if format != "diffusers" and out.suffix != suffix:
         out = out / f"model{suffix}"
     if out.exists() and (out.is_file() or any(out.iterdir())):
@@ -129,14 +133,15 @@ def give_out(checkpoint: str, out: Path, format: str, weights: str, license: str
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
-    console.print(f"{summary(ddpm)}, {weights} weights\nwritten and read back: {out}")
+    console.print(f"{summary(ddpm)}, {ddpm.weights} weights\nwritten and read back: {out}")
 
 
 def shareable(config: Config) -> Config:
     """Without the folders of this machine."""
     tree = config.model_dump()
-    for section, key in (("dataset", "root"), ("dataset", "cache"), ("training", "results_folder")):
-        if Path(tree[section][key]).is_absolute():
+    keys = ("dataset", "root"), ("dataset", "cache"), ("training", "results_folder")
+    for section, key in (*keys, ("training", "extractor")):
+        if Path(tree[section][key]).is_absolute() or tree[section][key].startswith(("..", "~")):
             tree[section][key] = Config.model_fields[section].annotation.model_fields[key].default
     return Config.model_validate(tree)
 
@@ -157,15 +162,17 @@ def tensors(ddpm) -> dict:
 
 
 def check_same(ddpm, path: Path) -> None:
-    """AssertionError where the file does not read back bit for bit."""
+    """ValueError where the file does not read back bit for bit."""
     import torch
 
     from weights import read_source
 
     found, ours = read_source(path), tensors(ddpm)
-    assert found.config == ddpm.config and found.step == ddpm.trained_steps
-    assert found.ema.keys() == ours.keys()
-    assert all(torch.equal(found.ema[key].view_as(ours[key]), ours[key]) for key in ours)
+    wrong = differences(ddpm.config, found.config)
+    wrong += list(found.ema.keys() ^ ours.keys())
+    wrong = wrong or [k for k in ours if not torch.equal(found.ema[k].view_as(ours[k]), ours[k])]
+    if wrong:
+        raise ValueError(f"what was written reads back otherwise: {'; '.join(wrong[:5])}")
 
 
 def write_safetensors(ddpm, path: Path, _: str) -> None:

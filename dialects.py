@@ -76,7 +76,7 @@ def rename(name: str, levels: int, *, dialect: int, to: int) -> str:
 
 def to_our_names(state: dict) -> dict[str, Tensor]:
     """Any dialect's tensors under our names, float32."""
-    names = {name: name.removeprefix("module.").removeprefix("model/") for name in state}
+    names = {name: str(name).removeprefix("module.").removeprefix("model/") for name in state}
     numbers = [re.match(r"(?:down|up)(?:_blocks)?[._](\d+)", name) for name in names.values()]
     levels = 1 + max((int(number[1]) for number in numbers if number), default=0)
     ours = {}
@@ -264,6 +264,15 @@ def _schedule_of(process: dict, betas: list[float]) -> str | None:
             if np.allclose(ours, betas, rtol=1e-6, atol=0):
                 return name
     return None
+
+
+def same_betas(one: dict, other: dict) -> bool:
+    """Whether two sections `diffusion` mean the same betas."""
+    one, other = (
+        make_betas(d["beta_schedule"], d["timesteps"], d["beta_start"], d["beta_end"])
+        for d in (one, other)
+    )
+    return len(one) == len(other) and np.allclose(one, other, rtol=1e-6, atol=0)
 
 
 def to_diffusers(config: Config) -> tuple[dict, dict]:

@@ -156,9 +156,7 @@ def prepare_job(asked: SimpleNamespace, console: Console):
     path = asked.checkpoint
     run = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     detail = {"ddpm": f" {recipe['variance']}", "ddim": f" eta {recipe['eta']:g}"}
-    caption = f"{run}, step {recipe['step']:,}" + (
-        ", raw weights" if asked.weights == "raw" else ""
-    )
+    caption = f"{run}, step {recipe['step']:,}" + (", raw weights" if ddpm.weights == "raw" else "")
     sampling = f"{recipe['sampler']}{detail.get(recipe['sampler'], '')}, {len(steps)} steps"
     bar = partial(
         track, description="", console=console, transient=True, disable=not console.is_terminal

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -78,22 +79,24 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 @cache
 def kernel() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be built."""
-    compiler = os.environ.get("CXX", "c++")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
         target = Path("/proc/cpuinfo")  # `native` differs between machines that share a home
-        flags = [line for line in target.read_text().splitlines() if line.startswith("flags")][:1]
+        lines = target.read_text().splitlines()
+        flags = [line for line in lines if line.startswith(("flags", "Features"))][:1]
     except (OSError, subprocess.SubprocessError):
         version, flags = b"", [platform.processor()]
     recipe = [SOURCE.read_text(), FLAGS, str(version), platform.machine(), *flags]
     digest = hashlib.sha256("".join(recipe).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ddpm"
+    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(cache_home) / "ddpm"
     library = folder / f"norm_silu-{digest}.so"
     temporary = library.with_suffix(f".{os.getpid()}.tmp")
     try:
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            command = [compiler, *FLAGS.split(), str(SOURCE), "-o", str(temporary)]
+            command = [*compiler, *FLAGS.split(), str(SOURCE), "-o", str(temporary)]
             subprocess.run(command, capture_output=True, check=True)
             temporary.rename(library)
         return ctypes.CDLL(str(library))

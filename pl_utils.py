@@ -107,11 +107,15 @@ class DDPM(pl.LightningModule):
     def _fits(self) -> bool:
         """One gradient of a micro-batch: whether memory holds it. Compiles, or gives it up."""
         training, data = self.config.training, self.config.dataset
+        parameters = list(self.unet.parameters())
         x = torch.zeros(self.micro, data.channels, *[data.image_size] * 2, device=self.device)
         t = torch.zeros(self.micro, dtype=torch.long, device=self.device)
         try:
+            # what Adam's moments and the ranks' gradients will take, which are not there yet
+            later = [torch.empty_like(p) for p in parameters * 3 if p.is_cuda]
             loss = self.diffusion.loss(self._train_net, x, t, x).mean()
-            torch.autograd.grad(loss, list(self.unet.parameters()))
+            torch.autograd.grad(loss, parameters)
+            del later
         except torch.OutOfMemoryError:
             if training.micro_batch_size or self.micro % 2:
                 raise ValueError(
@@ -358,6 +362,9 @@ def load_ddpm(source: str | Path, weights: str = "ema") -> DDPM:
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights {weights!r} is not ema or raw")
     found = read_source(source)
+    if found.only == "ema" and weights == "raw":
+        raise ValueError(f"{source} holds the averaged weights alone: leave raw out")
+    weights = found.only or weights
     ddpm = DDPM(found.config)
     ddpm.take(found)
     ddpm.weights, ddpm.trained_steps, ddpm.notes = weights, found.step, found.notes

@@ -42,7 +42,7 @@ def sample(
     run_name: Annotated[
         str | None, typer.Option(help="Instead of CKPT: a run of lightning_logs, its newest.")
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
+    num_images: Annotated[int, typer.Option(min=1, max=10_000_000, help="How many.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Other than that of training: at your own risk.")
@@ -70,7 +70,9 @@ def sample(
     variance: Annotated[
         Literal["large", "small"] | None, typer.Option(help="Of ddpm: fixedlarge or fixedsmall.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first picture; then + 1 each.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="Of the first picture; then + 1 each.")
+    ] = 0,
     seeds: Annotated[
         str | None, typer.Option(help="Instead of both: which pictures, such as 0-63,100.")
     ] = None,
@@ -113,7 +115,7 @@ def sample(
     for note in ddpm.notes:
         console.print(f"assumed: {note}")
     console.print(
-        f"{recipe['checkpoint']} (step {recipe['step']:,}, {weights} weights): "
+        f"{recipe['checkpoint']} (step {recipe['step']:,}, {ddpm.weights} weights): "
         f"{recipe['sampler']}, {len(steps)} steps, on {ddpm.device}"
     )
     try:
@@ -151,11 +153,15 @@ def which_model(checkpoint: Path | None, run_name: str | None) -> Path:
 def parse_seeds(text: str) -> list[int]:
     """'0-2,7' -> [0, 1, 2, 7]."""
     seeds: dict[int, None] = {}
+    most = 10_000_000
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(f"--seeds {text!r}: {part!r} is neither 7 nor 0-63")
-        seeds |= dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1))
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last - first >= most or last >= 2**63:
+            raise ValueError(f"--seeds {text!r}: at most {most:,} of them, each below 2^63")
+        seeds |= dict.fromkeys(range(first, last + 1))
     return list(seeds)
 
 
@@ -198,7 +204,8 @@ def prepare(checkpoint: Path, device: str, weights: str, image_size: int | None,
             f"--image-size {size} is not a multiple of {ddpm.unet.factor}, as this network "
             f"needs; try {near}"
         )
-    recipe = {"checkpoint": str(checkpoint), "weights": weights, "digest": digest_of(ddpm)}
+    recipe = {"checkpoint": str(checkpoint), "weights": ddpm.weights}
+    recipe["digest"] = digest_of(ddpm)
     recipe |= {"step": ddpm.trained_steps, "image_size": size, **settings, "timesteps": len(steps)}
     return ddpm.to(device), steps, recipe
 
@@ -219,10 +226,10 @@ def usable_device(device: str) -> str:
 
 
 def digest_of(ddpm) -> str:
-    """Of the weights that sample: 16 hexadecimal digits."""
+    """Of the weights that sample and of the process: 16 hexadecimal digits."""
     import hashlib
 
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(ddpm.config.diffusion.model_dump()).encode())
     for name, tensor in ddpm.net.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())

@@ -89,7 +89,10 @@ def train(
     if config_file is None:
         list_configs(console)
         raise typer.Exit(2)
-    if dry_run or dollars_per_hour is not None:
+    if (dry_run or dollars_per_hour is not None) and not print_config:
+        if run_name or continue_training or checkpoint_path:
+            fail(ValueError("--dry-run measures a run from its start: leave the other options out"))
+            raise typer.Exit(2)
         raise typer.Exit(measure_only(config_file, overrides or (), dollars_per_hour, console))
     try:
         config = load_config(config_file, overrides or ())
@@ -107,7 +110,9 @@ def train(
         elif checkpoint_path and not goes_on_from(checkpoint_path):
             from weights import read_source
 
-            checkpoint_path, weights = None, read_source(checkpoint_path)
+            begun = continue_training and bool(runs_of(results, name, run_name))
+            weights = None if begun else read_source(checkpoint_path)  # that run has gone on
+            checkpoint_path = None
         if requeued or checkpoint_path or (continue_training and not weights):
             run, checkpoint_path = find_run(results, name, run_name, checkpoint_path)
         else:
@@ -121,7 +126,7 @@ def train(
     except (ValueError, OSError) as error:
         fail(error)
         code = 2
-    if run:
+    if run and run.is_dir():
         console.print(f"run folder: {run}")
     raise typer.Exit(code)
 
@@ -142,6 +147,18 @@ def measure_only(config_file: Path, overrides, dollars_per_hour, console: Consol
         fail(error)
         return 2 if isinstance(error, ValueError | OSError) else 1
     return 0
+
+
+def curves(config: Config, run: Path) -> str:
+    """How to look at them, for the first of the loggers."""
+    return (
+        "to look at the curves: "
+        + {
+            "tensorboard": f"tensorboard --logdir {run.parent}",
+            "csv": f"{run}/csv/*/metrics.csv",
+            "wandb": "the page that wandb has named",
+        }[config.training.logger[0]]
+    )
 
 
 def list_configs(console: Console) -> None:
@@ -202,8 +219,7 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, weights, consol
         return 1 if checkpoints.began else 2
     console.print(
         f"trained {trainer.global_step:,} steps; checkpoint: {run / 'checkpoints' / 'last.ckpt'}\n"
-        f"to sample: python sample.py {run} --num-images 8\n"
-        f"to look at the curves: tensorboard --logdir {run.parent}"
+        f"to sample: python sample.py {run} --num-images 8\n" + curves(config, run)
     )
     return 0
 
@@ -235,7 +251,9 @@ def check_continuation(config: Config, checkpoint_path: Path, console: Console) 
         lines = "\n".join(f"  {line}" for line in changed)
         raise ValueError(
             f"this config is not that of {checkpoint_path}:\n{lines}\n"
-            "Continue with the same values (overrides too), or start another run."
+            "Continue with the same values (overrides too), or start another run. To begin it with "
+            "these weights: `python convert.py export CKPT w.safetensors --format safetensors`, "
+            "then --checkpoint-path w.safetensors."
         )
     for line in differences(old, config):
         rounding = line.startswith(("training.precision", "training.compile"))

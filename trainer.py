@@ -56,7 +56,9 @@ def build_trainer(
     check_division(training.batch_size, training.micro_batch_size, ranks)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
     checkpoints = Checkpoints(run / "checkpoints", training, resumed_from, on_failure)
-    callbacks = [Monitor(config, run, console), checkpoints, Previews(training)]
+    callbacks = [Monitor(config, run, console), checkpoints]
+    if {*training.logger} & {"tensorboard", "wandb"}:  # which show pictures
+        callbacks.append(Previews(training))
     if training.evaluate_every:
         callbacks.append(Evaluation(config, console))
     plugins = [AtomicCheckpointIO()]

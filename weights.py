@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from checkpoint import is_checkpoint, newest_checkpoint, read_plain
 from config import Config, DatasetConfig, apply_override, check_config
-from dialects import infer_tree, to_our_names, tree_of_diffusers
+from dialects import infer_tree, same_betas, to_our_names, tree_of_diffusers
 
 
 class Source(NamedTuple):
@@ -27,6 +27,7 @@ class Source(NamedTuple):
     step: int  # of training, 0 where the files do not say
     notes: list[str]  # what was assumed where the files are silent
     path: Path
+    only: str | None = None  # ema or raw, where the files say that they hold one of the two
 
 
 def read_source(source: str | Path, overrides: Iterable[str] = ()) -> Source:
@@ -55,9 +56,10 @@ def read_source(source: str | Path, overrides: Iterable[str] = ()) -> Source:
         path = newest_checkpoint(path)
     if path.suffix == ".safetensors":
         state, metadata = _read_safetensors(path)
-        if "config" in metadata:
-            tree = json.loads(metadata["config"])
-            return _finish(path, tree, state, state, int(metadata["step"]), [], overrides)
+        if {"config", "step", "weights"} <= metadata.keys():  # ours
+            tree, step = json.loads(metadata["config"]), int(metadata["step"])
+            found = _finish(path, tree, state, state, step, [], overrides)
+            return found._replace(only=metadata["weights"])
         return _from_tensors(path, state, overrides)
     if path.suffix == ".npz":
         return _from_tensors(path, _read_npz(path), overrides)
@@ -68,7 +70,8 @@ def read_source(source: str | Path, overrides: Iterable[str] = ()) -> Source:
         {k.removeprefix(p): v for k, v in data["state_dict"].items() if k.startswith(p)}
         for p in ("unet.", "ema.")
     )
-    return _finish(path, data["hyper_parameters"], ema, raw, data["global_step"], [], overrides)
+    found = _finish(path, data["hyper_parameters"], ema, raw, data["global_step"], [], overrides)
+    return found._replace(only=data.get("weights"))
 
 
 def copy_tensors(net: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
@@ -81,7 +84,7 @@ def copy_tensors(net: nn.Module, state: dict[str, Tensor], source: str | Path) -
     squeezed = lambda shape: list(shape[:2]) if shape[2:] in ((), (1, 1)) else list(shape)
     wrong = [f"missing: {name}" for name in ours if name not in state]
     wrong += [f"surplus: {name}" for name in state if name not in ours]
-    for name in ours.keys() & state.keys():
+    for name in [name for name in ours if name in state]:
         there = state[name].shape if isinstance(state[name], Tensor) else None
         if there is None or squeezed(there) != squeezed(ours[name].shape):
             shape = list(there) if there is not None else f"a {type(state[name]).__name__}"
@@ -126,17 +129,18 @@ def _read_diffusers(folder: Path, overrides: Iterable[str]) -> Source:
     ema = state
     if (average / "config.json").is_file():
         ema = to_our_names(_read_diffusers_tensors(average))
-    step = 0
-    if our_config := _find(unet_json.parent, "ddpm.json", "../ddpm.json"):  # of our own export
-        extra = _read_json(our_config)
-        step = extra["step"]
-        tree = {
-            section: extra["config"].get(section, {}) | tree.get(section, {})
-            for section in extra["config"]
-        }
-        tree["sampling"] = extra["config"]["sampling"]
-        notes = []
-    return _finish(folder, tree, ema, state, step, notes, overrides)
+    ours = _find(unet_json.parent, "ddpm.json", "../ddpm.json")  # of our own export
+    extra = _read_json(ours) if ours else {}
+    if not {"config", "step", "weights"} <= extra.keys():
+        return _finish(folder, tree, ema, state, 0, notes, overrides)
+    config = extra["config"]
+    if same_betas(config["diffusion"], tree["diffusion"]):  # two names may mean one schedule
+        tree["diffusion"] = config["diffusion"]
+    if tree["sampling"]["sampler"] == "ddpm":  # the scheduler that we write
+        tree["sampling"] = config["sampling"] | {"variance": tree["sampling"]["variance"]}
+    tree = {section: config[section] | tree.get(section, {}) for section in config}
+    found = _finish(folder, tree, ema, state, extra["step"], notes, overrides)
+    return found._replace(only=extra["weights"])
 
 
 def _read_diffusers_tensors(folder: Path) -> dict:
@@ -231,7 +235,8 @@ def _sets(path: Path, data) -> tuple[dict, dict]:
     """The raw and the averaged tensors under our names, whichever of them there are."""
     average = "/ExponentialMovingAverage"
     if isinstance(data, list) and data and isinstance(data[0], dict):  # of the DDIM code
-        last = data[-1] if isinstance(data[-1], dict) and len(data) > 1 else data[0]
+        names = {str(name).removeprefix("module.") for name in data[0]}
+        last = data[-1] if isinstance(data[-1], dict) and {*data[-1]} == names else data[0]
         data = {"raw": data[0], "ema": last}
     elif isinstance(data, dict) and any(str(name).endswith(average) for name in data):
         leaves = ("/W", "/b", "/gamma", "/beta")

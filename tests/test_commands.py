@@ -367,6 +367,7 @@ def test_copies(place, monkeypatch):
         ("--run-name smok", "no run 'smok' in lightning_logs; did you mean smoke?"),
         ("--run-name smoke --seeds 5-3", "'5-3' is neither 7 nor 0-63"),
         ("--run-name smoke --seeds 1,,2", "'' is neither 7 nor 0-63"),
+        ("--run-name smoke --seeds 0-99999999999", "at most 10,000,000 of them"),
     ],
 )
 def test_which_model_and_which_pictures(place, arguments, says, monkeypatch):

@@ -10,16 +10,17 @@ import pytest
 import torch
 from official_keys import official_keys
 from PIL import Image
+from safetensors.torch import save_file
 from test_commands import invoke
 from test_model import CIFAR, HQ, wake
 from test_training import Evil
 
 from checkpoint import read_checkpoint, write_checkpoint
 from config import differences, load_config
-from convert import shareable
+from convert import shareable, write_diffusers
 from dialects import DIFFUSERS, OURS, rename, to_diffusers, tree_of_diffusers
 from model import UNet
-from pl_utils import SeedNoise, load_ddpm
+from pl_utils import DDPM, SeedNoise, load_ddpm
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -288,8 +289,6 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
 def small(tmp_path_factory):
     """A checkpoint of a tiny model whose average is not its raw weights."""
     torch.manual_seed(0)
-    from pl_utils import DDPM
-
     ddpm = DDPM(load_config("configs/smoke.yml", ["diffusion.beta_schedule=jsd"]))
     wake(ddpm.unet, 1), wake(ddpm.ema, 2)
     path = tmp_path_factory.mktemp("small") / "small.ckpt"
@@ -322,10 +321,61 @@ def test_import_of_export_is_the_same(small, weights, tmp_path, monkeypatch):
 
 
 def test_the_folders_of_this_machine_are_not_shared():
-    config = load_config("configs/smoke.yml", ["dataset.root=/home/me/private", "dataset.cache=c"])
+    private = ["dataset.root=/home/me/private", "training.extractor=../mine.pt"]
+    config = load_config("configs/smoke.yml", [*private, "dataset.cache=c"])
     shared = shareable(config)
+    assert shared.training.extractor == "inception-v3-compat"
     assert (shared.dataset.root, shared.dataset.cache) == ("data", "c")
-    assert not differences(config, shared, ignore={"dataset.root"})
+    assert not differences(config, shared, ignore={"dataset.root", "training.extractor"})
+
+
+def test_what_differs_only_in_its_process_is_another_recipe(small, tmp_path, monkeypatch):
+    command = f"convert.py import {small} other.ckpt diffusion.beta_schedule=linear"
+    invoke(command, tmp_path, monkeypatch, 0)
+    options = "--num-images 1 --timesteps 2 --output-dir o"
+    invoke(f"sample.py {small} {options}", tmp_path, monkeypatch, 0)
+    assert "another recipe" in invoke(f"sample.py other.ckpt {options}", tmp_path, monkeypatch, 2)
+
+
+def test_raw_weights_stay_raw(small, tmp_path, monkeypatch):
+    for out, format in (("raw", "diffusers"), ("raw.safetensors", "safetensors")):
+        export(small, tmp_path / out, monkeypatch, "--weights", "raw", "--format", format)
+        assert load_ddpm(tmp_path / out).weights == "raw"
+    invoke("convert.py import raw.safetensors raw.ckpt", tmp_path, monkeypatch, 0)
+    assert load_ddpm("raw.ckpt").weights == "raw"
+    with pytest.raises(ValueError, match="averaged weights alone"):
+        load_ddpm(Path(__file__).parent.parent / "pretrained/digits.safetensors", "raw")
+
+
+def test_an_edited_scheduler_is_obeyed(small, tmp_path, monkeypatch):
+    export(small, tmp_path / "out", monkeypatch)
+    path = tmp_path / "out/scheduler/scheduler_config.json"
+    edits = {"beta_end": 0.03, "variance_type": "fixed_small", "beta_schedule": "linear"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | edits | {"trained_betas": None}))
+    config = load_ddpm(tmp_path / "out").config
+    assert (config.diffusion.beta_schedule, config.diffusion.beta_end) == ("linear", 0.03)
+    assert config.sampling.variance == "small"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.attention_resolutions=[4,8]",
+        "diffusion.beta_start=0.02 diffusion.beta_schedule=const",
+    ],
+)
+def test_configs_that_can_be_said_in_two_ways(override, tmp_path):
+    ddpm = DDPM(load_config("configs/smoke.yml", override.split()))
+    write_diffusers(ddpm, tmp_path / "out", "mit")  # it reads back, and compares
+    assert load_ddpm(tmp_path / "out").config == ddpm.config
+
+
+def test_odd_files_are_one_message(tmp_path, monkeypatch):
+    torch.save({0: torch.zeros(1), "x": 3}, tmp_path / "keys.ckpt")
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors", {"config": "{}"})
+    for name in ("keys.ckpt", "foreign.safetensors"):
+        output = invoke(f"sample.py {name}", tmp_path, monkeypatch, 2)
+        assert "not the weights of a DDPM network" in output
 
 
 def test_onnx_is_the_network(small, tmp_path, monkeypatch):
@@ -377,6 +427,8 @@ def test_fine_tuning_starts_from_the_average_at_step_0(small, tmp_path, monkeypa
         torch.testing.assert_close(checkpoint["state_dict"][f"unet.{name}"], value)
     again = invoke(command, tmp_path, monkeypatch, 2)
     assert "holds a run" in again
+    again = invoke(f"{command} --continue-training", tmp_path, monkeypatch, 0)  # as a restart does
+    assert "has all 1 steps" in again
 
 
 def test_wrong_arguments_are_one_message(small, tmp_path, monkeypatch):
