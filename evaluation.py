@@ -20,9 +20,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from callbacks import Checkpoints
+from callbacks import Checkpoints, preview_steps
 from config import Config
-from diffusion_utils import make_steps
 from metrics import (
     KEPT,
     Extractor,
@@ -263,14 +262,7 @@ class Evaluation(pl.Callback):
         if step % every:
             return
         count, shape = self.training.evaluate_images, trainer.datamodule.pictures["train"].shape
-        steps = make_steps(
-            module.diffusion,
-            sampler="dpm++",
-            variance="large",
-            eta=0.0,
-            timesteps=min(20, module.diffusion.timesteps),
-            spacing="trailing",
-        )
+        steps = preview_steps(module.diffusion)
         tally = self.extractor.new_tally(count, shape, keep=count)
         checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
         module.eval()
