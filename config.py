@@ -133,7 +133,7 @@ class TrainingConfig(Section):
     compile: bool | Literal["auto"] = "auto"
     """auto: on CUDA, for 10,000 steps and more"""
     activation_checkpointing: bool = False
-    """less memory, a third more time"""
+    """less memory, more time"""
     num_workers: int = Field(0, ge=0)
     """processes that load pictures"""
     log_every: int = Field(100, ge=1)

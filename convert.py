@@ -82,6 +82,9 @@ def guarded(work: Callable, *arguments) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except Exception as error:  # an exporter can raise anything
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 def take_in(source: str, out: Path, overrides: list[str]) -> None:

@@ -85,7 +85,9 @@ def to_our_names(state: dict) -> dict[str, Tensor]:
         dialect = OURS
         if "/" in name:
             dialect = TENSORFLOW
-            if name.endswith("/W"):  # [in, out] or [height, width, in, out]
+            if (
+                name.endswith("/W") and getattr(value, "ndim", 0) > 1
+            ):  # [in, out] or [height, width, in, out]
                 value = value.movedim((-1, -2), (0, 1))
         elif re.match("(down|up|mid)_block|time_embedding|conv_norm_out", name):
             dialect = DIFFUSERS

@@ -231,7 +231,7 @@ class Attention(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Dropout; on the CPU four 16-bit numbers come from each draw, which costs a third."""
+    """Dropout; on the CPU four 16-bit numbers come from each draw, which costs half as much."""
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.device.type != "cpu" or torch.compiler.is_compiling()  # it cannot trace `random_`

@@ -1,7 +1,7 @@
 """GroupNorm and SiLU as one function, with a kernel of our own for channels_last on the CPU.
 
-PyTorch's CPU GroupNorm is several times slower in channels_last than in the other layout, in
-bfloat16 above all, which eats what the convolutions gain there. `norm_silu.cpp` is compiled on
+In bfloat16 PyTorch's CPU GroupNorm is two to three times slower in channels_last than in the other
+layout, which eats what the convolutions gain there. `norm_silu.cpp` is compiled on
 first use, in a second or two, and kept in the user's cache; where there is no compiler PyTorch's
 functions give the same result up to rounding.
 """

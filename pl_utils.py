@@ -130,6 +130,7 @@ class DDPM(pl.LightningModule):
             self.unet._compiled_call_impl = None
             reason = str(error).strip().splitlines()[0]
             print(f"training.compile: cannot be done here, going on without ({reason})")
+            return self._fits()
         return True
 
     # ---- training

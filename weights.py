@@ -122,7 +122,7 @@ def _read_diffusers(folder: Path, overrides: Iterable[str]) -> Source:
         tree, notes = tree_of_diffusers(
             _read_json(unet_json), scheduler_json and _read_json(scheduler_json)
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{folder}: {error}") from None
     state = to_our_names(_read_diffusers_tensors(unet_json.parent))
     average = folder / "unet_ema"  # where diffusers' training script keeps it

@@ -373,7 +373,10 @@ def test_configs_that_can_be_said_in_two_ways(override, tmp_path):
 def test_odd_files_are_one_message(tmp_path, monkeypatch):
     torch.save({0: torch.zeros(1), "x": 3}, tmp_path / "keys.ckpt")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors", {"config": "{}"})
-    for name in ("keys.ckpt", "foreign.safetensors"):
+    torch.save({"model/conv_in/W": 3, "model/conv_in/b": torch.zeros(1)}, tmp_path / "number.pt")
+    empty = save_hub(tmp_path / "empty", HUB_TINY | {"block_out_channels": []}, {})
+    assert "error: " in invoke(f"sample.py {empty}", tmp_path, monkeypatch, 2)
+    for name in ("keys.ckpt", "foreign.safetensors", "number.pt"):
         output = invoke(f"sample.py {name}", tmp_path, monkeypatch, 2)
         assert "not the weights of a DDPM network" in output
 
@@ -429,6 +432,19 @@ def test_fine_tuning_starts_from_the_average_at_step_0(small, tmp_path, monkeypa
     assert "holds a run" in again
     again = invoke(f"{command} --continue-training", tmp_path, monkeypatch, 0)  # as a restart does
     assert "has all 1 steps" in again
+
+
+def test_a_failing_exporter_leaves_one_message_and_no_file(small, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    def broken(*_, **__):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", broken)
+    command = f"convert.py export {small} out.onnx --format onnx"
+    assert "error: RuntimeError: no such operator" in invoke(command, tmp_path, monkeypatch, 1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_wrong_arguments_are_one_message(small, tmp_path, monkeypatch):
