@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from sample import Eta, Sampler, Spacing, Timesteps, Variance, Weights
 from train import fail, is_main_process, quiet_libraries
 
 HELP = """
@@ -84,22 +85,13 @@ def evaluate(
     stride: Annotated[
         int, typer.Option(min=1, help="Of nll: each so many-th t alone, for an estimate.")
     ] = 1,
-    sampler: Annotated[
-        Literal["ddpm", "ddim", "dpm++"] | None, typer.Option(help="As of sample.py.")
-    ] = None,
-    timesteps: Annotated[int | None, typer.Option(min=1, help="As of sample.py.")] = None,
-    eta: Annotated[float | None, typer.Option(min=0, max=1, help="As of sample.py.")] = None,
-    spacing: Annotated[
-        Literal["trailing", "uniform", "quadratic", "logsnr"] | None,
-        typer.Option(help="As of sample.py."),
-    ] = None,
-    variance: Annotated[
-        Literal["large", "small"] | None, typer.Option(help="As of sample.py.")
-    ] = None,
+    sampler: Sampler = None,
+    timesteps: Timesteps = None,
+    eta: Eta = None,
+    spacing: Spacing = None,
+    variance: Variance = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first picture; then + 1 each.")] = 0,
-    weights: Annotated[
-        Literal["ema", "raw"], typer.Option(help="The average, or the last training weights.")
-    ] = "ema",
+    weights: Weights = "ema",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time, a device.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     devices: Annotated[

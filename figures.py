@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from sample import Eta, Sampler, Spacing, Timesteps, Variance, Weights
+
 HELP = """
 The paper's figures of a trained model.
 
@@ -87,21 +89,12 @@ def figures(
             "Default: the network's own middle."
         ),
     ] = None,
-    sampler: Annotated[
-        Literal["ddpm", "ddim", "dpm++"] | None, typer.Option(help="As of sample.py.")
-    ] = None,
-    timesteps: Annotated[int | None, typer.Option(min=1, help="As of sample.py.")] = None,
-    eta: Annotated[float | None, typer.Option(min=0, max=1, help="As of sample.py.")] = None,
-    spacing: Annotated[
-        Literal["trailing", "uniform", "quadratic", "logsnr"] | None,
-        typer.Option(help="As of sample.py."),
-    ] = None,
-    variance: Annotated[
-        Literal["large", "small"] | None, typer.Option(help="As of sample.py.")
-    ] = None,
-    weights: Annotated[
-        Literal["ema", "raw"], typer.Option(help="The average, or the last training weights.")
-    ] = "ema",
+    sampler: Sampler = None,
+    timesteps: Timesteps = None,
+    eta: Eta = None,
+    spacing: Spacing = None,
+    variance: Variance = None,
+    weights: Weights = "ema",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of one network call.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ):

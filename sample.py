@@ -31,6 +31,29 @@ Examples:
       --sampler dpm++ --timesteps 20 --output-dir quick
 """
 
+# options that evaluate.py and figures.py have, too
+Sampler = Annotated[
+    Literal["ddpm", "ddim", "dpm++"] | None,
+    typer.Option(help="Algorithm 2; DDIM; or DPM-Solver++(2M), good at 20 steps."),
+]
+Timesteps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Sampling steps; fewer than T take a spaced sub-sequence."),
+]
+Eta = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Noise of ddim: 0 none, 1 as ddpm small.")
+]
+Spacing = Annotated[
+    Literal["trailing", "uniform", "quadratic", "logsnr"] | None,
+    typer.Option(help="Which of the T steps, when fewer."),
+]
+Variance = Annotated[
+    Literal["large", "small"] | None, typer.Option(help="Of ddpm: fixedlarge or fixedsmall.")
+]
+Weights = Annotated[
+    Literal["ema", "raw"], typer.Option(help="The average, or the last training weights.")
+]
+
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -47,38 +70,23 @@ def sample(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Other than that of training: at your own risk.")
     ] = None,
-    timesteps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Sampling steps; fewer than T take a spaced sub-sequence."),
-    ] = None,
+    timesteps: Timesteps = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Where they go. Default: samples, or samples-2, ... for another recipe."),
     ] = None,
-    sampler: Annotated[
-        Literal["ddpm", "ddim", "dpm++"] | None,
-        typer.Option(help="Algorithm 2; DDIM; or DPM-Solver++(2M), good at 20 steps."),
-    ] = None,
-    eta: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Noise of ddim: 0 none, 1 as ddpm small.")
-    ] = None,
-    spacing: Annotated[
-        Literal["trailing", "uniform", "quadratic", "logsnr"] | None,
-        typer.Option(help="Which of the T steps, when fewer."),
-    ] = None,
-    variance: Annotated[
-        Literal["large", "small"] | None, typer.Option(help="Of ddpm: fixedlarge or fixedsmall.")
-    ] = None,
+    sampler: Sampler = None,
+    eta: Eta = None,
+    spacing: Spacing = None,
+    variance: Variance = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**62, help="Of the first picture; then + 1 each.")
     ] = 0,
     seeds: Annotated[
         str | None, typer.Option(help="Instead of both: which pictures, such as 0-63,100.")
     ] = None,
-    weights: Annotated[
-        Literal["ema", "raw"], typer.Option(help="The average, or the last training weights.")
-    ] = "ema",
+    weights: Weights = "ema",
     grid: Annotated[bool, typer.Option(help="Write grid.png of up to 400 of them, too.")] = True,
     upscale: Annotated[
         int | None, typer.Option(min=2, max=64, help="Enlarged copies to look at, so many times.")
