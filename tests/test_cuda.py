@@ -1,0 +1,145 @@
+"""What CUDA asks of the code: one device in a step, and no waiting for it.
+
+Without a GPU the tensors pretend: they have a device and a shape, and no values. A step that mixes
+devices, reads a value or copies to the host fails on them as it would be slow or fail on a GPU.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import pl_utils
+from config import load_config
+from diffusion_utils import make_steps
+from pl_utils import DDPM
+
+SAMPLERS = {"ddpm": 0.0, "ddim": 0.5, "dpm++": 0.0}  # and their eta
+
+
+class Crossings(TorchDispatchMode):
+    """Operations whose inputs and outputs are on different devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        devices = [
+            {v.device.type for v in tree_leaves(side) if isinstance(v, torch.Tensor)}
+            for side in ((args, kwargs), result)
+        ]
+        if all(devices) and devices[0] != devices[1]:
+            self.found.append(str(function))
+        return result
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A model on a GPU that is not there."""
+    overrides = ["training.precision=bf16-mixed", "dataset.random_flip=true"]
+    config = load_config("configs/smoke.yml", overrides)
+    ddpm = DDPM(config)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(pl_utils, "SeedNoise", PretendedNoise)
+    with FakeTensorMode():
+        for module in ddpm.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = nn.Parameter(on_gpu(p), p.requires_grad)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = on_gpu(buffer)
+        ddpm._device = torch.device("cuda", 0)
+        ddpm.draw = pretended_draw
+        yield ddpm
+
+
+def on_gpu(tensor):
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cuda")
+
+
+def pretended_draw(stream, index, count):
+    t = torch.empty(count, dtype=torch.long, device="cuda")
+    eps = torch.empty(count, 1, 8, 8, device="cuda")
+    return t, eps, torch.empty(count, dtype=torch.bool, device="cuda")
+
+
+class PretendedNoise:
+    def __init__(self, seeds, shape, device):
+        self.shape, self.device = (len(seeds), *shape), device
+
+    def __call__(self, _=None):
+        return torch.empty(self.shape, device=self.device)
+
+
+def test_a_step_stays_on_the_device(pretended):
+    ddpm = pretended
+
+    def backward(loss):
+        assert loss.device.type == "cuda"
+        for parameter in ddpm.unet.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    optimizer = ddpm.configure_optimizers()
+    batch = torch.empty(ddpm.config.training.batch_size, 1, 8, 8, dtype=torch.uint8, device="cuda")
+    for step in range(2):
+        with Crossings() as crossings:
+            ddpm.update(batch, optimizer, step=step, backward=backward)
+        if step == 0:  # the tables of alpha_bar, once
+            assert crossings.found == ["aten._to_copy.default"] * 2
+    assert crossings.found == []
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_chain_stays_on_the_device(pretended, sampler):
+    counts = []
+    for timesteps in (5, 10):
+        steps = make_steps(
+            pretended.diffusion,
+            sampler=sampler,
+            variance="large",
+            eta=SAMPLERS[sampler],
+            timesteps=timesteps,
+            spacing="trailing",
+        )
+        with Crossings() as crossings:
+            pictures = pretended.sample(steps, [0, 1], net=pretended.net)
+        assert pictures.device.type == "cuda"
+        assert pictures.dtype == torch.uint8
+        counts.append(len(crossings.found))
+    assert counts == [1, 1]  # the list of times, however long
+
+
+def test_a_value_that_is_read_would_be_seen(pretended):
+    with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+        pretended.tally[0].item()
+    with Crossings() as crossings:
+        pretended.tally.cpu()
+    assert crossings.found == ["aten._to_copy.default"]
+    with pytest.raises(RuntimeError, match="device"):
+        pretended.tally + torch.zeros(4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_nothing_waits_and_the_loss_is_the_cpus():
+    config = load_config("configs/smoke.yml", ["training.precision=32-true", "model.dropout=0"])
+    batch = torch.randint(0, 256, (config.training.batch_size, 1, 8, 8), dtype=torch.uint8)
+    drawn = DDPM(config).draw(pl_utils.TRAIN, 0, len(batch))
+    tallies = []
+    for device in ("cpu", "cuda"):
+        ddpm, here = DDPM(config).to(device), batch.to(device)
+        there = [v.to(device) for v in drawn]
+        ddpm.draw = lambda *_, there=there: there
+        optimizer = ddpm.configure_optimizers()
+        ddpm.update(here, optimizer, step=0)  # builds what is built once; its rate is 0
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ddpm.update(here, optimizer, step=0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        tallies.append(ddpm.tally.cpu())
+    torch.testing.assert_close(*tallies, rtol=1e-4, atol=1e-5)
