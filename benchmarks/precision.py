@@ -27,7 +27,7 @@ from config import load_config
 from data import Data
 from diffusion_utils import from_uint8, make_steps
 from drawing import GREY, INK, OURS, THEIRS, chart, write_figure
-from pl_utils import DDPM, VALIDATE, load_ddpm
+from pl_utils import DDPM, TRAIN, VALIDATE, load_ddpm
 
 PICTURE = ROOT / "benchmarks" / "precision.png"
 PRETRAINED = ROOT / "pretrained" / "digits.safetensors"
@@ -38,16 +38,19 @@ RUNS = {  # label: overrides, colour
 }
 
 
+def at_precision(ddpm: DDPM, precision: str) -> None:
+    training = ddpm.config.training.model_copy(update={"precision": precision})
+    ddpm.config = ddpm.config.model_copy(update={"training": training})
+
+
 def gradient(ddpm: DDPM, batch: Tensor, precision: str) -> Tensor:
     """Of one training batch, as one vector."""
-    ddpm.config.training.precision = precision
-    optimizer = torch.optim.SGD(ddpm.unet.parameters(), lr=0.0)
-    optimizer.zero_grad = lambda: None  # they are looked at
-    ddpm.update(batch, optimizer, step=0)
-    vector = torch.cat([p.grad.flatten() for p in ddpm.unet.parameters()])
-    for parameter in ddpm.unet.parameters():
-        parameter.grad = None
-    return vector.double()
+    at_precision(ddpm, precision)
+    t, eps, _ = ddpm.draw(TRAIN, 0, len(batch))
+    net = lambda x, t: ddpm.run(ddpm.unet, x, t)
+    loss = ddpm.diffusion.loss(net, from_uint8(batch), t, eps).mean()
+    gradients = torch.autograd.grad(loss, list(ddpm.unet.parameters()))
+    return torch.cat([g.flatten() for g in gradients]).double()
 
 
 def compare_gradients(ddpm: DDPM, batch: Tensor) -> list[str]:
@@ -73,7 +76,9 @@ def train(overrides: list[str], steps: int, device: torch.device) -> tuple[DDPM,
 @torch.no_grad()
 def held_out_loss(ddpm: DDPM, data: Data) -> float:
     """Of the average, with the same t and noise for all."""
-    x_0 = from_uint8(torch.from_numpy(data.pictures["validation"][range(180)])).to(ddpm.device)
+    pictures = data.pictures["validation"]
+    x_0 = from_uint8(pictures[range(len(pictures))])
+    x_0 = x_0.to(ddpm.device)
     t, eps, _ = ddpm.draw(VALIDATE, 0, len(x_0))
     return ddpm.diffusion.loss(ddpm, x_0, t, eps).mean().item()
 
@@ -93,7 +98,7 @@ def compare_pictures(device: torch.device, count: int) -> list[list[str]]:
         )
         pictures = []
         for precision in ("32-true", "bf16-mixed"):
-            ddpm.config.training.precision = precision
+            at_precision(ddpm, precision)
             pictures.append(ddpm.sample(steps, list(range(count))).short())
         apart = (pictures[0] - pictures[1]).abs()
         rows.append(
@@ -150,7 +155,7 @@ def main(
             batch = next(iter(data.train_dataloader())).to(place)
             after = f"digits' network after {steps} steps"
             gradients.append([after, *compare_gradients(ddpm, batch)])
-            ddpm.config.training.precision = "32-true"
+            at_precision(ddpm, "32-true")
         last = curves[name][-100:]
         rows.append([name, digits(last.mean()), digits(held_out_loss(ddpm, data))])
     plot(curves, f"configs/digits.yml, the first {steps} steps, on {place.type}")
