@@ -1,8 +1,12 @@
 """Take in weights of other DDPM codes, and give ours to them."""
 
+if __name__ == "__main__":
+    import terminal
+
+    terminal.guard()  # before a package that may be missing is imported
+
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +15,7 @@ import typer
 from rich.console import Console
 
 from config import Config, differences, to_yaml
+from terminal import fail
 
 HELP = """
 Take in weights of other DDPM codes, and give ours to them.
@@ -79,12 +84,8 @@ def guarded(work: Callable, *arguments) -> None:
         work(*arguments)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
     except Exception as error:  # an exporter can raise anything
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise typer.Exit(fail(error)) from None
 
 
 def take_in(source: str, out: Path, overrides: list[str]) -> None:

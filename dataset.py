@@ -4,11 +4,15 @@ Small sets live in memory. Files are decoded once, cut to size, and kept as one 
 under `cache`, so that a bad file is found before the first step and never in hour three.
 """
 
+if __name__ == "__main__":
+    import terminal
+
+    terminal.guard()  # before a package that may be missing is imported
+
 import hashlib
 import itertools
 import json
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,6 +31,7 @@ from torch.utils.data import Dataset, Sampler
 
 from named_sets import find_pictures
 from sources import Source, explain, in_threads, open_files
+from terminal import fail
 
 
 class Pictures(Dataset):
@@ -363,12 +368,8 @@ def check_pictures(
         check.print_advice(check.advise(config, headers, train, held_out), sheet, console)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
     except Exception as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise typer.Exit(fail(error)) from None
 
 
 def _names(found: np.ndarray | Source, rows: list[int]) -> list[str]:

@@ -1,5 +1,10 @@
 """Measure a model as the paper did, with the recipe beside the number."""
 
+if __name__ == "__main__":
+    import terminal
+
+    terminal.guard()  # before a package that may be missing is imported
+
 import json
 import math
 import signal
@@ -20,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from sample import Eta, Sampler, Spacing, Timesteps, Variance, Weights
-from train import fail, is_main_process, quiet_libraries
+from terminal import fail, is_main_process, quiet_libraries
 
 HELP = """
 Measure a model as the paper did, with the recipe beside the number.

@@ -1,6 +1,10 @@
 """The paper's figures of a trained model."""
 
-import sys
+if __name__ == "__main__":
+    import terminal
+
+    terminal.guard()  # before a package that may be missing is imported
+
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from sample import Eta, Sampler, Spacing, Timesteps, Variance, Weights
+from terminal import fail
 
 HELP = """
 The paper's figures of a trained model.
@@ -51,7 +56,6 @@ KINDS = {
     "chain": Kind(("num_images", *SAMPLING), (".gif", ".mp4")),
     "schedule": Kind(SAMPLING),
 }
-WRONG_INPUT = ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -110,10 +114,7 @@ def figures(
         console.print("stopped; nothing was written")
         raise typer.Exit(130) from None
     except Exception as error:
-        wrong = isinstance(error, WRONG_INPUT)
-        known = wrong or isinstance(error, OSError)
-        print(f"error: {error if known else f'{type(error).__name__}: {error}'}", file=sys.stderr)
-        raise typer.Exit(2 if wrong else 1) from None
+        raise typer.Exit(fail(error)) from None
     console.print(f"figure: {output}")
 
 

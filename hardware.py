@@ -2,9 +2,11 @@
 
 import math
 import os
-import sys
+import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +43,13 @@ def peak_memory(device: torch.device) -> float:
     """Bytes: on CUDA what tensors held at most, elsewhere the largest this process has been."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
+    with suppress(OSError, TypeError):  # Linux; what `resource` says began with the parent's size
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    with suppress(ImportError):  # Windows
         import resource
-    except ImportError:  # Windows
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+    return math.nan
 
 
 def memory_there(device: torch.device) -> float:

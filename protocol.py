@@ -12,7 +12,7 @@ from data import Data
 from dataset import Files, Pictures, sides
 from metrics import Statistics, load_extractor, load_statistics
 from sample import prepare
-from train import is_main_process
+from terminal import is_main_process
 
 METRICS = {"fid": "FID", "is": "IS", "kid": "KID", "pr": "precision, recall", "nll": "NLL"}
 FEATURES = {"fid", "is", "kid", "pr"}

@@ -1,9 +1,13 @@
 """Make pictures with a trained model."""
 
+if __name__ == "__main__":
+    import terminal
+
+    terminal.guard()  # before a package that may be missing is imported
+
 import itertools
 import json
 import re
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from config import did_you_mean
+from terminal import fail
 
 HELP = """
 Make pictures with a trained model.
@@ -118,8 +123,7 @@ def sample(
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        raise typer.Exit(fail(error)) from None
     for note in ddpm.notes:
         console.print(f"assumed: {note}")
     console.print(
@@ -142,7 +146,7 @@ def sample(
         console.print(f"stopped; what is finished is in {output_dir}, the same command goes on")
         raise typer.Exit(130) from None
     except Exception as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        fail(error)
         raise typer.Exit(1) from None
 
 

@@ -1,11 +1,13 @@
 """Train a diffusion model from one YAML file."""
 
-import logging
+if __name__ == "__main__":
+    import terminal
+
+    terminal.guard()  # before a package that may be missing is imported
+
 import os
 import shlex
-import sys
 import traceback
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +24,7 @@ from config import (
     load_config,
     to_yaml,
 )
+from terminal import EXPECTED, fail, is_main_process, quiet_libraries
 
 HELP = """
 Train a diffusion model from one YAML file.
@@ -39,8 +42,6 @@ Examples:
   python train.py configs/cifar10.yml --dry-run --dollars-per-hour 3.50
   tensorboard --logdir lightning_logs
 """
-
-EXPECTED = ValueError, OSError, FloatingPointError  # whose messages are written for users
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -91,8 +92,8 @@ def train(
         raise typer.Exit(2)
     if (dry_run or dollars_per_hour is not None) and not print_config:
         if run_name or continue_training or checkpoint_path:
-            fail(ValueError("--dry-run measures a run from its start: leave the other options out"))
-            raise typer.Exit(2)
+            wrong = "--dry-run measures a run from its start: leave the other options out"
+            raise typer.Exit(fail(ValueError(wrong)))
         raise typer.Exit(measure_only(config_file, overrides or (), dollars_per_hour, console))
     try:
         config = load_config(config_file, overrides or ())
@@ -124,8 +125,7 @@ def train(
         console.print("stopped before the first step; nothing was saved")
         code = 130
     except (ValueError, OSError) as error:
-        fail(error)
-        code = 2
+        code = fail(error)
     if run and run.is_dir():
         console.print(f"run folder: {run}")
     raise typer.Exit(code)
@@ -144,8 +144,7 @@ def measure_only(config_file: Path, overrides, dollars_per_hour, console: Consol
         console.print("stopped; nothing was written")
         return 130
     except Exception as error:
-        fail(error)
-        return 2 if isinstance(error, ValueError | OSError) else 1
+        return fail(error)
     return 0
 
 
@@ -330,34 +329,6 @@ def check_name(name: str) -> str:
     if not name or name.startswith(".") or Path(name).name != name or "\\" in name:
         raise ValueError(f"--run-name {name!r} must be a plain name, without folders")
     return name
-
-
-def quiet_libraries() -> None:
-    """Lightning's tips and hardware lines are not about this run."""
-    import pytorch_lightning  # noqa: F401  (it sets its level when it is imported)
-
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # but that another rank has died is
-    launcher = "lightning_fabric.strategies.launchers.subprocess_script"
-    logging.getLogger(launcher).setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-
-
-def rank() -> int:
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # torchrun, Lightning, srun
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
-
-
-def is_main_process() -> bool:
-    return rank() == 0
-
-
-def fail(error: BaseException) -> None:
-    known = isinstance(error, EXPECTED)
-    message = str(error) if known else f"{type(error).__name__}: {error}"
-    where = "" if is_main_process() else f" (rank {rank()})"
-    print(f"error{where}: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

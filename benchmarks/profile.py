@@ -43,7 +43,7 @@ from dry_run import flops_per_picture
 from hardware import si, timed
 from model import Attention
 from pl_utils import DDPM
-from train import quiet_libraries
+from terminal import quiet_libraries
 from trainer import build_trainer
 
 KINDS = {  # the first that matches an operation or, if none does, what called it

@@ -65,6 +65,28 @@ def invoke(command: str, place: Path, monkeypatch, code: int) -> str:
     return result.output
 
 
+COMMANDS = ("train", "sample", "evaluate", "figures", "convert", "dataset")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_missing_package_is_named(command):
+    without = [sys.executable, "-S", PROJECT / f"{command}.py", "--help"]
+    ended = subprocess.run(without, capture_output=True, text=True, cwd=PROJECT)
+    assert ended.returncode == 1
+    assert re.fullmatch(r"error: \w+ is not installed for .*pip install -r .*\n", ended.stderr)
+
+
+def test_packages_that_do_not_fit_together_are_named(tmp_path, monkeypatch):
+    (tmp_path / "torchvision").mkdir()
+    broken = "raise RuntimeError('operator torchvision::nms does not exist')"
+    (tmp_path / "torchvision" / "__init__.py").write_text(broken)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for line in ("train.py configs/smoke.yml", "train.py configs/smoke.yml --dry-run"):
+        said = run(f"{line} training.results_folder={tmp_path}", PROJECT, code=1)
+        assert "error: torch and torchvision do not fit together" in said
+        assert "pip install --force-reinstall torch torchvision" in said
+
+
 def pictures(folder: Path) -> dict[str, bytes]:
     return {p.name: np.array(Image.open(p)).tobytes() for p in folder.glob("0*.png")}
 

@@ -1,5 +1,10 @@
 """The dry run: what it counts, what it computes from that, and what it leaves behind."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from test_commands import PROJECT, invoke
@@ -8,7 +13,7 @@ import dry_run
 from config import load_config
 from diffusion_utils import GaussianDiffusion
 from dry_run import Rehearsal, Seconds, flops_per_picture, price, project
-from hardware import duration, si
+from hardware import duration, peak_memory, si
 
 
 def closed_form(config) -> int:
@@ -87,6 +92,16 @@ def test_numbers_are_readable():
     assert [si(v, "B") for v in (12.444e9, 3.822e18, 7.9e14, 5)] == [
         "12.44 GB", "3.822 EB", "790 TB", "5 B",
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_is_this_process_own():
+    ballast = np.ones(2**30, np.uint8)
+    code = "import torch; from hardware import peak_memory; print(peak_memory(torch.device('cpu')))"
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT
+    )
+    assert peak_memory(torch.device("cpu")) > ballast.nbytes > int(child.stdout) > 2**26
 
 
 @pytest.fixture

@@ -1,0 +1,69 @@
+"""What every command says when something is wrong, and who says it.
+
+It needs no package, so that it can speak of those that are missing.
+"""
+
+import logging
+import os
+import sys
+import warnings
+
+EXPECTED = ValueError, OSError, FloatingPointError  # whose messages are written for users
+WRONG_INPUT = ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError
+
+
+def fail(error: BaseException) -> int:
+    """Say what is wrong in one message; the exit code: 2 where the input is, else 1."""
+    where = "" if is_main_process() else f" (rank {rank()})"
+    print(f"error{where}: {describe(error)}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, WRONG_INPUT) else 1
+
+
+def describe(error: BaseException) -> str:
+    """A message for users."""
+    text = str(error)
+    if "torchvision::nms" in text:
+        return (
+            "torch and torchvision do not fit together, which happens when they come from "
+            "different places, or one is updated alone: "
+            "pip install --force-reinstall torch torchvision"
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"{error.name} is not installed for {sys.executable}: "
+            "pip install -r requirements.txt, or take the Python that has it (.venv/bin/python)"
+        )
+    return text if isinstance(error, EXPECTED) else f"{type(error).__name__}: {text}"
+
+
+def guard() -> None:
+    """From here on an installation that cannot work ends in `describe`, not in a traceback."""
+
+    def hook(kind, error, trace) -> None:
+        if isinstance(error, ImportError) or "torchvision::nms" in str(error):
+            fail(error)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def quiet_libraries() -> None:
+    """Lightning's tips and hardware lines are not about this run."""
+    import pytorch_lightning  # noqa: F401  (it sets its level when it is imported)
+
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # but that another rank has died is
+    launcher = "lightning_fabric.strategies.launchers.subprocess_script"
+    logging.getLogger(launcher).setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+
+
+def rank() -> int:
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # torchrun, Lightning, srun
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def is_main_process() -> bool:
+    return rank() == 0
