@@ -45,6 +45,7 @@ def pretended(monkeypatch):
     ddpm = DDPM(config)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "default_generators", [torch.Generator()])
     monkeypatch.setattr(pl_utils, "SeedNoise", PretendedNoise)
     with FakeTensorMode():
         for module in ddpm.modules():
