@@ -259,7 +259,9 @@ def environment(device: torch.device) -> str:
     git = lambda *words: (
         subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout
     )
-    changed = " with changes" if git("status", "--porcelain", "-uno").strip() else ""
+    results = ":!benchmarks/RESULTS.md", ":!benchmarks/*.png"
+    status = git("status", "--porcelain", "-uno", "--", ".", *results)
+    changed = " with changes" if status.strip() else ""
     versions = [f"Python {platform.python_version()}"]
     for package in PEERS:
         try:
