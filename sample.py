@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Make pictures with a trained model."""
 
 if __name__ == "__main__":
@@ -59,6 +60,13 @@ Weights = Annotated[
     Literal["ema", "raw"], typer.Option(help="The average, or the last training weights.")
 ]
 
+
+def run_names(incomplete: str = "") -> list[str]:
+    """The runs of lightning_logs whose names begin so."""
+    names = (path.parent.name for path in Path("lightning_logs").glob("*/checkpoints"))
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -68,7 +76,10 @@ def sample(
         Path | None, typer.Argument(metavar="CKPT", help="A trained model.")
     ] = None,
     run_name: Annotated[
-        str | None, typer.Option(help="Instead of CKPT: a run of lightning_logs, its newest.")
+        str | None,
+        typer.Option(
+            help="Instead of CKPT: a run of lightning_logs, its newest.", autocompletion=run_names
+        ),
     ] = None,
     num_images: Annotated[int, typer.Option(min=1, max=10_000_000, help="How many.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -152,8 +163,7 @@ def sample(
 
 def which_model(checkpoint: Path | None, run_name: str | None) -> Path:
     """What the line asks for; ValueError where it asks for none, or for two."""
-    logs = Path("lightning_logs")
-    runs = sorted(path.parent.name for path in logs.glob("*/checkpoints"))
+    logs, runs = Path("lightning_logs"), run_names()
     if (checkpoint is None) == (run_name is None):
         there = f" (there are: {', '.join(runs)})" if runs else ""
         raise ValueError(f"give a checkpoint or a --run-name{there}, one of them")
