@@ -326,8 +326,10 @@ def test_sample_fills_what_is_missing(place, monkeypatch):
     again = "sample.py lightning_logs/smoke --timesteps 5"
     assert "8 pictures written to samples-2" in invoke(again, place, monkeypatch, code=0)
     assert "0 pictures written to samples-2, 8 were" in invoke(again, place, monkeypatch, code=0)
-    output = invoke(f"{again} --output-dir samples", place, monkeypatch, code=2)
-    assert "another recipe (timesteps 20 -> 5)" in output
+    for seed in (0, 100):  # a folder is one recipe's, whatever the seeds
+        line = f"{again} --seed {seed} --output-dir samples"
+        output = invoke(line, place, monkeypatch, code=2)
+        assert "another recipe (timesteps 20 -> 5)" in output
     assert pictures(place / "samples") == first
 
 
