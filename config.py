@@ -335,6 +335,13 @@ def _explain(fault: dict) -> str:
     return f"{where}: {fault['input']!r}: {message[0].lower()}{message[1:]}"
 
 
+def keys_like(incomplete: str) -> list[str]:
+    """`section.key=` of those that begin so: for a shell to complete."""
+    sections = Config.model_fields.items()
+    keys = [f"{name}.{key}=" for name, field in sections for key in field.annotation.model_fields]
+    return [key for key in keys if key.startswith(incomplete)]
+
+
 def did_you_mean(word: str, known) -> str:
     """'; did you mean X?' where something near is known, else the list."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Take in weights of other DDPM codes, and give ours to them."""
 
 if __name__ == "__main__":
@@ -14,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from config import Config, differences, to_yaml
+from config import Config, differences, keys_like, to_yaml
 from terminal import fail
 
 HELP = """
@@ -56,7 +57,11 @@ def import_(
     out: Annotated[Path, typer.Argument(metavar="OUT.ckpt", help="The checkpoint to write.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that win over the files'."),
+        typer.Argument(
+            metavar="SECTION.KEY=VALUE",
+            help="Values that win over the files'.",
+            autocompletion=keys_like,
+        ),
     ] = None,
 ):
     guarded(take_in, source, out, overrides or [])

@@ -21,6 +21,16 @@ def as_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze())
 
 
+def save(image: Image.Image, path: Path, **options) -> Path:
+    """In the format of its suffix, complete or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        image.save(temporary, format=Image.registered_extensions()[path.suffix], **options)
+        return temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_enlarged(folder: Path, seeds: list[int], pictures: Tensor, factor: int) -> Path:
     """enlarged/NNNNNN.png: whole pixels where pictures are small, smooth from 64x64 on."""
     target = folder / "enlarged"
@@ -29,14 +39,14 @@ def write_enlarged(folder: Path, seeds: list[int], pictures: Tensor, factor: int
     filter = Image.Resampling.NEAREST if height < 64 else Image.Resampling.LANCZOS
     for seed, pixels in zip(seeds, pictures, strict=True):
         image = as_image(pixels).resize((width * factor, height * factor), filter)
-        image.save(target / f"{seed:06d}.png")
+        save(image, target / f"{seed:06d}.png")
     return target
 
 
 def write_jpgs(folder: Path, seeds: list[int], pictures: Tensor) -> Path:
     """NNNNNN.jpg, of quality 95, without chroma subsampling."""
     for seed, pixels in zip(seeds, pictures, strict=True):
-        as_image(pixels).save(folder / f"{seed:06d}.jpg", quality=95, subsampling=0)
+        save(as_image(pixels), folder / f"{seed:06d}.jpg", quality=95, subsampling=0)
     return folder
 
 
@@ -59,5 +69,5 @@ def write_gif(ddpm, steps, seeds: list[int], image_size: int, path: Path) -> Pat
         if i in shown:
             frames.append(as_image(picture_grid(to_uint8(x))))
     durations = [80] * (len(frames) - 1) + [2000]  # milliseconds
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    return path
+    options = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return save(frames[0], path, **options)

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Pictures from anywhere -> uint8 [N, C, H, W], and the order in which training sees them.
 
 Small sets live in memory. Files are decoded once, cut to size, and kept as one memory-mapped array
@@ -29,6 +30,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from config import keys_like, load_config
 from named_sets import find_pictures
 from sources import Source, explain, in_threads, open_files
 from terminal import fail
@@ -330,7 +332,11 @@ def check_pictures(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that win over the file's."),
+        typer.Argument(
+            metavar="SECTION.KEY=VALUE",
+            help="Values that win over the file's.",
+            autocompletion=keys_like,
+        ),
     ] = None,
     contact_sheet: Annotated[
         Path | None,
@@ -338,7 +344,6 @@ def check_pictures(
     ] = None,
 ):
     import check
-    from config import load_config
 
     console = Console(highlight=False, soft_wrap=True)
     bar = partial(track, console=console, transient=True, disable=not console.is_terminal)

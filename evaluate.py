@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Measure a model as the paper did, with the recipe beside the number."""
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The paper's figures of a trained model."""
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <omp.h>
 #include <vector>
 
 #define SIMD _Pragma("omp simd")
@@ -51,33 +52,55 @@ static inline float slope(float v) {  // of silu
 
 const int ROWS = 64;  // pixels that are summed in float32 before they join the float64 sum
 
+// How many parts a picture's groups are divided into, so that every thread has work.
+static inline int64_t parts_of_a_picture(int64_t B, int64_t G) {
+    const int64_t parts = (omp_get_max_threads() + B - 1) / B;
+    return parts < G ? parts : G;
+}
+
+// Some groups of one picture: their channels stand side by side, in rows that are C apart.
+struct Part {
+    int64_t g0, groups, c0, n, x0;  // first group, how many; first channel, how many; where in x
+    Part(int64_t task, int64_t parts, int64_t S, int64_t C, int64_t G) {
+        const int64_t b = task / parts, k = task % parts, first = G * k / parts;
+        groups = G * (k + 1) / parts - first;
+        c0 = first * (C / G);
+        n = groups * (C / G);
+        g0 = b * G + first;
+        x0 = b * S * C + c0;
+    }
+};
+
 template <typename T, bool silu>
 static void forward(const T* x, const float* weight, const float* bias, T* y, float* mean,
                     float* rstd, int64_t B, int64_t S, int64_t C, int64_t G, float eps) {
-    const int64_t D = C / G;
+    const int64_t D = C / G, parts = parts_of_a_picture(B, G);
 #pragma omp parallel for
-    for (int64_t b = 0; b < B; b++) {
-        const T* xb = x + b * S * C;
-        T* yb = y + b * S * C;
-        std::vector<double> sum(C, 0.0), square(C, 0.0);
-        std::vector<float> part(C), part2(C), shift(C), a(C), c0(C);
+    for (int64_t task = 0; task < B * parts; task++) {
+        const Part p(task, parts, S, C, G);
+        const int64_t n = p.n;
+        const T* xp = x + p.x0;
+        T* yp = y + p.x0;
+        const float *w = weight + p.c0, *bp = bias + p.c0;
+        std::vector<double> sum(n, 0.0), square(n, 0.0);
+        std::vector<float> part(n), part2(n), shift(n), a(n), c0(n);
         SIMD
-        for (int64_t c = 0; c < C; c++) shift[c] = load(xb[c]);  // the first pixel, against cancellation
+        for (int64_t c = 0; c < n; c++) shift[c] = load(xp[c]);  // the first pixel, against cancellation
         for (int64_t s0 = 0; s0 < S; s0 += ROWS) {
             std::fill(part.begin(), part.end(), 0.f);
             std::fill(part2.begin(), part2.end(), 0.f);
             const int64_t end = s0 + ROWS < S ? s0 + ROWS : S;
             for (int64_t s = s0; s < end; s++)
                 SIMD
-                for (int64_t c = 0; c < C; c++) {
-                    float v = load(xb[s * C + c]) - shift[c];
+                for (int64_t c = 0; c < n; c++) {
+                    float v = load(xp[s * C + c]) - shift[c];
                     part[c] += v;
                     part2[c] += v * v;
                 }
             SIMD
-            for (int64_t c = 0; c < C; c++) sum[c] += part[c], square[c] += part2[c];
+            for (int64_t c = 0; c < n; c++) sum[c] += part[c], square[c] += part2[c];
         }
-        for (int64_t g = 0; g < G; g++) {
+        for (int64_t g = 0; g < p.groups; g++) {
             double m = 0, m2 = 0;
             for (int64_t c = g * D; c < (g + 1) * D; c++) m += shift[c] + sum[c] / S;
             m /= D;
@@ -86,18 +109,18 @@ static void forward(const T* x, const float* weight, const float* bias, T* y, fl
                 m2 += square[c] / S - own * own + off * off;
             }
             double r = 1.0 / std::sqrt(m2 / D + eps);
-            mean[b * G + g] = m;
-            rstd[b * G + g] = r;
+            mean[p.g0 + g] = m;
+            rstd[p.g0 + g] = r;
             for (int64_t c = g * D; c < (g + 1) * D; c++) {
-                a[c] = weight[c] * r;
-                c0[c] = bias[c] - m * weight[c] * r;
+                a[c] = w[c] * r;
+                c0[c] = bp[c] - m * w[c] * r;
             }
         }
         for (int64_t s = 0; s < S; s++)
             SIMD
-            for (int64_t c = 0; c < C; c++) {
-                float v = a[c] * load(xb[s * C + c]) + c0[c];
-                store(silu ? v * sigmoid(v) : v, yb[s * C + c]);
+            for (int64_t c = 0; c < n; c++) {
+                float v = a[c] * load(xp[s * C + c]) + c0[c];
+                store(silu ? v * sigmoid(v) : v, yp[s * C + c]);
             }
     }
 }
@@ -107,17 +130,20 @@ template <typename T, bool silu>
 static void backward(const T* dy, const T* x, const float* weight, const float* bias,
                      const float* mean, const float* rstd, T* dx, float* d_weight, float* d_bias,
                      int64_t B, int64_t S, int64_t C, int64_t G) {
-    const int64_t D = C / G;
+    const int64_t D = C / G, parts = parts_of_a_picture(B, G);
 #pragma omp parallel for
-    for (int64_t b = 0; b < B; b++) {
-        const T *xb = x + b * S * C, *dyb = dy + b * S * C;
-        T* dxb = dx + b * S * C;
-        std::vector<float> r(C), mr(C), part(C), part2(C), m1(C), m2(C);
-        std::vector<double> sum(C, 0.0), sum2(C, 0.0);
+    for (int64_t task = 0; task < B * parts; task++) {
+        const Part p(task, parts, S, C, G);
+        const int64_t n = p.n, b = task / parts;
+        const T *xp = x + p.x0, *dyp = dy + p.x0;
+        T* dxp = dx + p.x0;
+        const float *w = weight + p.c0, *bp = bias + p.c0;
+        std::vector<float> r(n), mr(n), part(n), part2(n), m1(n), m2(n);
+        std::vector<double> sum(n, 0.0), sum2(n, 0.0);
         SIMD
-        for (int64_t c = 0; c < C; c++) {
-            r[c] = rstd[b * G + c / D];
-            mr[c] = mean[b * G + c / D] * r[c];
+        for (int64_t c = 0; c < n; c++) {
+            r[c] = rstd[p.g0 + c / D];
+            mr[c] = mean[p.g0 + c / D] * r[c];
         }
         for (int64_t s0 = 0; s0 < S; s0 += ROWS) {
             std::fill(part.begin(), part.end(), 0.f);
@@ -125,33 +151,33 @@ static void backward(const T* dy, const T* x, const float* weight, const float* 
             const int64_t end = s0 + ROWS < S ? s0 + ROWS : S;
             for (int64_t s = s0; s < end; s++)
                 SIMD
-                for (int64_t c = 0; c < C; c++) {
-                    float normal = load(xb[s * C + c]) * r[c] - mr[c];
-                    float d = load(dyb[s * C + c]);
-                    if (silu) d *= slope(weight[c] * normal + bias[c]);
+                for (int64_t c = 0; c < n; c++) {
+                    float normal = load(xp[s * C + c]) * r[c] - mr[c];
+                    float d = load(dyp[s * C + c]);
+                    if (silu) d *= slope(w[c] * normal + bp[c]);
                     part[c] += d;
                     part2[c] += d * normal;
                 }
             SIMD
-            for (int64_t c = 0; c < C; c++) sum[c] += part[c], sum2[c] += part2[c];
+            for (int64_t c = 0; c < n; c++) sum[c] += part[c], sum2[c] += part2[c];
         }
         SIMD
-        for (int64_t c = 0; c < C; c++) {
-            d_bias[b * C + c] = sum[c];
-            d_weight[b * C + c] = sum2[c];
+        for (int64_t c = 0; c < n; c++) {
+            d_bias[b * C + p.c0 + c] = sum[c];
+            d_weight[b * C + p.c0 + c] = sum2[c];
         }
-        for (int64_t g = 0; g < G; g++) {
+        for (int64_t g = 0; g < p.groups; g++) {
             double t1 = 0, t2 = 0;
-            for (int64_t c = g * D; c < (g + 1) * D; c++) t1 += weight[c] * sum[c], t2 += weight[c] * sum2[c];
+            for (int64_t c = g * D; c < (g + 1) * D; c++) t1 += w[c] * sum[c], t2 += w[c] * sum2[c];
             for (int64_t c = g * D; c < (g + 1) * D; c++) m1[c] = t1 / (D * S), m2[c] = t2 / (D * S);
         }
         for (int64_t s = 0; s < S; s++)
             SIMD
-            for (int64_t c = 0; c < C; c++) {
-                float normal = load(xb[s * C + c]) * r[c] - mr[c];
-                float d = load(dyb[s * C + c]);
-                if (silu) d *= slope(weight[c] * normal + bias[c]);
-                store(r[c] * (weight[c] * d - m1[c] - normal * m2[c]), dxb[s * C + c]);
+            for (int64_t c = 0; c < n; c++) {
+                float normal = load(xp[s * C + c]) * r[c] - mr[c];
+                float d = load(dyp[s * C + c]);
+                if (silu) d *= slope(w[c] * normal + bp[c]);
+                store(r[c] * (w[c] * d - m1[c] - normal * m2[c]), dxp[s * C + c]);
             }
     }
 }

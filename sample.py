@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Make pictures with a trained model."""
 
 if __name__ == "__main__":
@@ -59,6 +60,13 @@ Weights = Annotated[
     Literal["ema", "raw"], typer.Option(help="The average, or the last training weights.")
 ]
 
+
+def run_names(incomplete: str = "") -> list[str]:
+    """The runs of lightning_logs whose names begin so."""
+    names = (path.parent.name for path in Path("lightning_logs").glob("*/checkpoints"))
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -68,7 +76,10 @@ def sample(
         Path | None, typer.Argument(metavar="CKPT", help="A trained model.")
     ] = None,
     run_name: Annotated[
-        str | None, typer.Option(help="Instead of CKPT: a run of lightning_logs, its newest.")
+        str | None,
+        typer.Option(
+            help="Instead of CKPT: a run of lightning_logs, its newest.", autocompletion=run_names
+        ),
     ] = None,
     num_images: Annotated[int, typer.Option(min=1, max=10_000_000, help="How many.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -152,8 +163,7 @@ def sample(
 
 def which_model(checkpoint: Path | None, run_name: str | None) -> Path:
     """What the line asks for; ValueError where it asks for none, or for two."""
-    logs = Path("lightning_logs")
-    runs = sorted(path.parent.name for path in logs.glob("*/checkpoints"))
+    logs, runs = Path("lightning_logs"), run_names()
     if (checkpoint is None) == (run_name is None):
         there = f" (there are: {', '.join(runs)})" if runs else ""
         raise ValueError(f"give a checkpoint or a --run-name{there}, one of them")
@@ -269,35 +279,37 @@ def missing_seeds(folder: Path, seeds: list[int], recipe: dict) -> list[int]:
     """Seeds without a good picture of this recipe.
 
     Raises:
-        OtherRecipe: nothing is overwritten.
+        OtherRecipe: a folder is one recipe's, and nothing is overwritten.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [seed for seed in seeds if not is_good(picture_file(folder, seed), recipe)]
+    there, asked = (p for p in folder.glob("*.png") if p.stem.isdigit()), set(seeds)
+    if another := next((p for p in there if int(p.stem) not in asked), None):
+        is_good(another, recipe)
+    return missing
+
+
+def is_good(path: Path, recipe: dict) -> bool:
+    """Whether a whole picture of this recipe is there; OtherRecipe where it is of another."""
     from PIL import Image
 
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = []
-    for seed in seeds:
-        path = picture_file(folder, seed)
-        if not path.exists():
-            missing.append(seed)
-            continue
-        try:
-            with Image.open(path) as image:
-                image.load()
-                other = json.loads(image.info.get("recipe", "{}"))
-        except (OSError, ValueError):
-            missing.append(seed)  # cut short when it was written
-            continue
-        changed = [
-            f"{key} {other.get(key)} -> {value}"
-            for key, value in recipe.items()
-            if key != "checkpoint" and other.get(key) != value
-        ]
-        if changed:
-            raise OtherRecipe(
-                f"{path} was made by another recipe ({', '.join(changed)}); "
-                "choose another --output-dir, or delete it"
-            )
-    return missing
+    try:
+        with Image.open(path) as image:
+            image.load()
+            other = json.loads(image.info.get("recipe", "{}"))
+    except (OSError, ValueError):
+        return False  # or cut short when it was written
+    changed = [
+        f"{key} {other.get(key)} -> {value}"
+        for key, value in recipe.items()
+        if key != "checkpoint" and other.get(key) != value
+    ]
+    if changed:
+        raise OtherRecipe(
+            f"{path} was made by another recipe ({', '.join(changed)}); "
+            "choose another --output-dir, or delete it"
+        )
+    return True
 
 
 def write_pictures(ddpm, steps, seeds, batch_size, folder, recipe, console) -> None:
@@ -332,19 +344,14 @@ def draw(ddpm, steps, seeds: list[int], recipe: dict, net, advance):
 
 def write_png(path: Path, pixels, recipe: dict | None = None) -> None:
     """uint8 [C, H, W] as a PNG, complete or not at all."""
-    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
+
+    from copies import as_image, save
 
     text = PngInfo()
     if recipe:
         text.add_text("recipe", json.dumps(recipe))
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze())
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        image.save(temporary, format="PNG", pnginfo=text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save(as_image(pixels), path, pnginfo=text)
 
 
 def read_pictures(folder: Path, seeds: list[int]):

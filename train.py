@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Train a diffusion model from one YAML file."""
 
 if __name__ == "__main__":
@@ -21,6 +22,7 @@ from config import (
     check_config,
     differences,
     first_comment,
+    keys_like,
     load_config,
     to_yaml,
 )
@@ -54,7 +56,11 @@ def train(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that win over the file's."),
+        typer.Argument(
+            metavar="SECTION.KEY=VALUE",
+            help="Values that win over the file's.",
+            autocompletion=keys_like,
+        ),
     ] = None,
     run_name: Annotated[
         str | None,

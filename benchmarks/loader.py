@@ -36,9 +36,10 @@ def array_loader(options: Options, count: int, workers: int = 0, file: Path | No
 
 def loader_table(options: Options, seconds: float) -> str:
     rows = []
-    for size, batch, count in ((32, 128, 50_000), (256, 64, 3000)):
+    sets = (32, 128, 50_000, (0, 4)), (32, 128, 1_000_000, (0,)), (256, 64, 3000, (0, 4))
+    for size, batch, count, some in sets:
         sized = options._replace(image_size=size, batch_size=batch)
-        for workers in (0, 4):
+        for workers in some:
             report(f"loader: {size}x{size}, {workers} workers")
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, "pictures.npy") if size == 256 else None

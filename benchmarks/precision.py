@@ -70,7 +70,8 @@ def train(overrides: list[str], steps: int, device: torch.device) -> tuple[DDPM,
     for step, batch in zip(range(steps), data.train_dataloader(), strict=False):
         ddpm.update(batch.to(device), optimizer, step=step)
         losses.append(ddpm.tally[0].clone())
-    return ddpm, data, torch.stack(losses).diff(prepend=torch.zeros(1, device=device)).cpu().numpy()
+        ddpm.tally.zero_()
+    return ddpm, data, torch.stack(losses).cpu().numpy()
 
 
 @torch.no_grad()

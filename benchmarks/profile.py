@@ -42,7 +42,7 @@ from diffusion_utils import make_steps
 from dry_run import flops_per_picture
 from hardware import si, timed
 from model import Attention
-from pl_utils import DDPM
+from pl_utils import DDPM, SeedNoise
 from terminal import quiet_libraries
 from trainer import build_trainer
 
@@ -159,18 +159,22 @@ def lightning_table(rounds: int, steps: int) -> str:
     overrides = ["training.accelerator=cpu", f"training.max_steps={steps}", "training.log_every=50"]
     config = load_config(ROOT / "configs/smoke.yml", overrides)
     seconds: dict[str, list[float]] = {"bare": [], "fit": []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the difference is of one, and several wait for each other
     for i in range(rounds):
         report(f"Lightning, round {i + 1} of {rounds}")
         seconds["bare"].append(bare(config, steps))
         seconds["fit"].append(fit(config, steps))
+    torch.set_num_threads(threads)
     extra = statistics.median(f - b for b, f in zip(*seconds.values(), strict=True))
     rows = [[name, f"{statistics.median(v) * 1e3:.2f}"] for name, v in seconds.items()]
     rows.append(["difference, median of the rounds", f"{extra * 1e3:.2f}"])
     return (
-        markdown(["the smoke network, CPU", "ms a step"], rows)
+        markdown(["the smoke network, one thread", "ms a step"], rows)
         + f"\n\n`bare` is `DDPM.update` on the loader's batches, `fit` the same by `Trainer.fit` "
         f"with this project's callbacks and TensorBoard; {rounds} rounds of {steps} steps in turn. "
-        f"Of a step of 15.1 ms (CIFAR-10 on an H200 at 40%) the difference is {extra / 0.0151:.1%}."
+        "The difference is the host's time, which goes by while a GPU works on the steps before; "
+        f"of a step of 15.1 ms (CIFAR-10 on an H200 at 40%) it is {extra / 0.0151:.1%}."
     )
 
 
@@ -285,6 +289,29 @@ def middle(turn, options: Options, rounds: int) -> float:
     return statistics.median(timed(turn, options.device) for _ in range(rounds))
 
 
+# ---- noise
+
+
+def noise_table(options: Options, rounds: int) -> str:
+    """A generator for each picture against one for the batch, in calls that a chain makes."""
+    shape, calls, rows = (3, options.image_size, options.image_size), 128, []
+    for batch in (16, 256):
+        report(f"noise: {batch} pictures")
+        generators = [torch.Generator(options.device) for _ in range(batch)]
+        draws = [
+            partial(torch.randn, shape, generator=g, device=options.device) for g in generators
+        ]
+        ways = {
+            "as it is, some steps ahead": SeedNoise(list(range(batch)), shape, options.device),
+            "each step by itself": lambda draws=draws: torch.stack([draw() for draw in draws]),
+            "one generator for all": partial(torch.randn, batch, *shape, device=options.device),
+        }
+        for name, way in ways.items():
+            run = lambda way=way: [way() for _ in range(calls)]
+            rows.append([str(batch), name, digits(middle(run, options, rounds) / calls * 1e3)])
+    return markdown(["pictures", "", "ms a step"], rows)
+
+
 # ---- memory
 
 
@@ -312,13 +339,13 @@ def memory_table(options: Options, rounds: int) -> str:
     )
 
 
-PARTS = ("step", "lightning", "growth", "memory", "loader")
+PARTS = ("step", "lightning", "growth", "memory", "noise", "loader")
 
 
 def main(
     parts: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(PARTS)}.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    image_size: Annotated[int, typer.Option(help="Of step and memory: 32 or 256.")] = 32,
+    image_size: Annotated[int, typer.Option(help="Of step, memory, noise: 32 or 256.")] = 32,
     batch_size: Annotated[
         int | None, typer.Option(help="Of step and memory. Default: 16, on CUDA 128.")
     ] = None,
@@ -335,6 +362,8 @@ def main(
         "lightning": f"What Lightning adds, {place.type}",
         "growth": f"How cost grows, {place.type}",
         "memory": f"Activation checkpointing, {shape}",
+        "noise": f"Noise of its own for each picture, {options.image_size}x{options.image_size}, "
+        f"{place.type}",
         "loader": f"Whether the data keeps up, {place.type}",
     }
     tables = {
@@ -342,6 +371,7 @@ def main(
         "lightning": lambda: lightning_table(rounds, 100 * rounds),
         "growth": lambda: growth_tables(options, rounds),
         "memory": lambda: memory_table(options, rounds),
+        "noise": lambda: noise_table(options, rounds),
         "loader": lambda: loader_table(options, float(rounds)),
     }
     for part in parts or PARTS:

@@ -65,6 +65,26 @@ def invoke(command: str, place: Path, monkeypatch, code: int) -> str:
     return result.output
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell's conventions")
+def test_a_shell_can_complete_options_keys_and_runs(place):
+    def complete(line: str) -> list[str]:
+        command = line.split()[0]
+        asked = {f"_{command.upper()}_COMPLETE": "complete_bash", "COMP_WORDS": line}
+        asked["COMP_CWORD"] = str(len(line.split()) - 1)
+        assert os.access(PROJECT / command, os.X_OK)
+        ended = subprocess.run(
+            [sys.executable, PROJECT / command],
+            env=os.environ | asked, cwd=place, capture_output=True, text=True,
+        )  # fmt: skip
+        assert ended.stderr == ""
+        return ended.stdout.split()
+
+    assert complete("train.py --cont") == ["--continue-training"]
+    assert complete("train.py configs/smoke.yml training.max_st") == ["training.max_steps="]
+    assert complete("dataset.py configs/smoke.yml dataset.ro") == ["dataset.root="]
+    assert complete("sample.py --run-name smo") == ["smoke"]
+
+
 COMMANDS = ("train", "sample", "evaluate", "figures", "convert", "dataset")
 
 
@@ -306,8 +326,10 @@ def test_sample_fills_what_is_missing(place, monkeypatch):
     again = "sample.py lightning_logs/smoke --timesteps 5"
     assert "8 pictures written to samples-2" in invoke(again, place, monkeypatch, code=0)
     assert "0 pictures written to samples-2, 8 were" in invoke(again, place, monkeypatch, code=0)
-    output = invoke(f"{again} --output-dir samples", place, monkeypatch, code=2)
-    assert "another recipe (timesteps 20 -> 5)" in output
+    for seed in (0, 100):  # a folder is one recipe's, whatever the seeds
+        line = f"{again} --seed {seed} --output-dir samples"
+        output = invoke(line, place, monkeypatch, code=2)
+        assert "another recipe (timesteps 20 -> 5)" in output
     assert pictures(place / "samples") == first
 
 

@@ -53,6 +53,22 @@ def test_the_kernel_is_group_norm_and_silu(dtype, tolerance, silu):
 
 
 @needs_kernel
+def test_threads_share_the_groups_of_one_picture():
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 4, 32):  # the last: more than groups
+            torch.set_num_threads(count)
+            norm, x = norm_and_input(dtype=torch.float32, silu=True, shape=(1, 24, 9, 7))
+            y = norm.float()(x.requires_grad_())
+            y.square().sum().backward()
+            results.append([y, x.grad, norm.weight.grad, norm.bias.grad])
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@needs_kernel
 def test_the_kernel_passes_on_what_is_not_finite():
     norm, x = norm_and_input(dtype=torch.float32, silu=True)
     x[0, 0, 0, 0] = torch.nan
