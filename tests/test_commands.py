@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_checkpoints import Evil
 from test_dataset import noise_image, write_cifar
-from test_training import Evil
 from typer.testing import CliRunner
 
 from config import load_config

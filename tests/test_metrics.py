@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_training import Evil
+from test_checkpoints import Evil
 from torch import nn
 
 from evaluation import Ranks, likelihood_scores

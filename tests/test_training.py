@@ -2,9 +2,6 @@
 
 import itertools
 import math
-import os
-import pickle
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,12 +9,11 @@ import pytorch_lightning as pl
 import torch
 from rich.console import Console
 
-from callbacks import lock
-from checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
+from checkpoint import newest_checkpoint
 from config import load_config
 from data import Data
 from diffusion_utils import from_uint8, make_steps
-from pl_utils import DDPM, TRAIN, SeedNoise, load_ddpm
+from pl_utils import DDPM, TRAIN, SeedNoise
 from trainer import build_trainer, check_division, check_launcher
 
 
@@ -336,106 +332,7 @@ def test_curves_are_written(tmp_path):
     assert {"samples/ema", "samples/raw"} <= set(events.Tags()["images"])
 
 
-# ---- checkpoints
-
-
-def test_checkpoints_explain_themselves(tmp_path):
-    ddpm, _ = train(tmp_path / "run", "training.save_every=1", "training.keep_checkpoints=2")
-    folder = tmp_path / "run" / "checkpoints"
-    names = sorted(p.name for p in folder.iterdir())
-    assert names == ["last.ckpt", "step-00000005.ckpt", "step-00000006.ckpt"]
-    assert newest_checkpoint(tmp_path / "run") == folder / "step-00000006.ckpt"
-    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
-    assert checkpoint["hyper_parameters"] == ddpm.config.model_dump(mode="json")
-    for path in (folder / "last.ckpt", tmp_path / "run"):
-        loaded = load_ddpm(path)
-        assert loaded.config == ddpm.config
-        assert loaded.trained_steps == 6
-        assert_same(dict(loaded.state_dict()), dict(ddpm.state_dict()))
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 5])
-    with torch.no_grad():
-        assert torch.equal(load_ddpm(folder / "last.ckpt")(x, t), ddpm.ema(x, t))
-        assert torch.equal(load_ddpm(folder / "last.ckpt", "raw")(x, t), ddpm.unet.eval()(x, t))
-        assert not torch.equal(ddpm.ema(x, t), ddpm.unet(x, t))
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch stolen",)
-
-
-def test_no_checkpoint_runs_code(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Evil(), "hyper_parameters": {}, "global_step": 0}, "evil.ckpt")
-    for read in (read_checkpoint, load_ddpm):
-        with pytest.raises(ValueError, match=r"evil\.ckpt asks to run \w+\.system.*refused"):
-            read("evil.ckpt")
-    Path("old.ckpt").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        read_checkpoint("old.ckpt")
-    assert not Path("stolen").exists()
-
-
-def test_bad_checkpoints_are_named_and_passed_over(tmp_path, capsys):
-    train(tmp_path, "training.save_every=2")
-    folder = tmp_path / "checkpoints"
-    newest, middle = folder / "step-00000006.ckpt", folder / "step-00000004.ckpt"
-    newest.write_bytes(newest.read_bytes()[:-1000])  # cut short
-    with zipfile.ZipFile(middle) as archive:
-        largest = max(archive.infolist(), key=lambda info: info.file_size)
-        at = largest.header_offset + len(largest.filename) + 200
-    content = bytearray(middle.read_bytes())
-    content[at] ^= 1  # one bit
-    middle.write_bytes(content)
-    assert newest_checkpoint(tmp_path) == folder / "step-00000002.ckpt"
-    said = capsys.readouterr().out
-    assert "step-00000006.ckpt is damaged" in said
-    assert "step-00000004.ckpt is damaged" in said
-
-
-def test_a_failed_write_leaves_the_old(tmp_path):
-    path = tmp_path / "a.ckpt"
-    write_checkpoint({"x": 1}, path)
-
-    class Full(torch.Tensor):
-        def __reduce_ex__(self, protocol):
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match=r"a\.ckpt.*No space left"):
-        write_checkpoint({"x": torch.zeros(3).as_subclass(Full)}, path)
-    assert torch.load(path, weights_only=True) == {"x": 1}
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_damage_anywhere_is_only_ever_a_value_error(tmp_path):
-    path = tmp_path / "x.ckpt"
-    write_checkpoint({"hyper_parameters": {}, "state_dict": {}, "global_step": 1}, path)
-    whole = path.read_bytes()
-    assert read_checkpoint(path)["global_step"] == 1
-    for at in range(0, len(whole), 3):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
-        try:
-            read_checkpoint(path)
-        except ValueError as error:
-            assert "x.ckpt" in str(error)
-    torch.save({"hyper_parameters": 3, "state_dict": 3, "global_step": "x"}, path)
-    with pytest.raises(ValueError, match="holds no config"):
-        read_checkpoint(path)
-
-
-def test_other_pictures_are_not_gone_on_with(tmp_path):
-    train(tmp_path)
-    with pytest.raises(ValueError, match="pictures are not those"):
-        last = newest_checkpoint(tmp_path)
-        train(tmp_path, "training.max_steps=9", "dataset.validation_fraction=0.2", resume=last)
-
-
-def test_a_folder_is_one_runs(tmp_path):
-    held = lock(tmp_path)
-    with pytest.raises(ValueError, match="another process is training in"):
-        train(tmp_path)
-    held.close()
-    train(tmp_path)
+# ---- hardware
 
 
 def test_processes_that_nobody_asked_for(monkeypatch):
@@ -445,29 +342,6 @@ def test_processes_that_nobody_asked_for(monkeypatch):
     check_launcher(2)
     with pytest.raises(ValueError, match="2 processes were started"):
         check_launcher(1)
-
-
-def test_a_going_back_sets_the_later_aside(tmp_path):
-    train(tmp_path, "training.save_every=2")
-    folder = tmp_path / "checkpoints"
-    train(tmp_path, "training.max_steps=3", resume=folder / "step-00000002.ckpt")
-    assert newest_checkpoint(tmp_path).name == "step-00000003.ckpt"
-    assert sorted(p.name for p in folder.glob("*.aside")) == [
-        "step-00000004.ckpt.aside",
-        "step-00000006.ckpt.aside",
-    ]
-
-
-@pytest.mark.parametrize("content", [b"", b"PK", b"hello" * 100])
-def test_what_is_no_checkpoint(content, tmp_path):
-    (tmp_path / "x.ckpt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.ckpt is damaged or not a checkpoint"):
-        read_checkpoint(tmp_path / "x.ckpt")
-    torch.save({"model": {}}, tmp_path / "y.ckpt")
-    with pytest.raises(ValueError, match="holds no config"):
-        read_checkpoint(tmp_path / "y.ckpt")
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        load_ddpm(tmp_path / "z.ckpt")
 
 
 def test_division():
