@@ -126,8 +126,9 @@ class UNet(nn.Module):
 
     def embed(self, t: Tensor) -> Tensor:
         """t [B] -> [B, 4 base_channels], after the swish that every block would apply to it."""
-        temb = timestep_embedding(t, self.base_channels).to(self.conv_in.weight.dtype)
-        return F.silu(self.temb.dense[1](F.silu(self.temb.dense[0](temb))))
+        first, second = self.temb.dense
+        temb = timestep_embedding(t, self.base_channels).to(first.weight.dtype)
+        return F.silu(second(F.silu(first(temb))))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The noise estimate.
@@ -146,14 +147,15 @@ class UNet(nn.Module):
             raise ValueError(
                 f"pictures of {x.shape[2]}x{x.shape[3]}: sides must be multiples of {self.factor}"
             )
-        temb = t if t.ndim == 2 else self.embed(t)
+        dtype = self.conv_in.weight.dtype
+        temb = (t if t.ndim == 2 else self.embed(t)).to(dtype)
 
         def run(layer: nn.Module, *inputs: Tensor) -> Tensor:
             if self.recompute and torch.is_grad_enabled():
                 return checkpoint(layer, *inputs, use_reentrant=False)
             return layer(*inputs)
 
-        h = self.conv_in(x.to(self.conv_in.weight.dtype))
+        h = self.conv_in(x.to(dtype))
         skips = [h]
         for down in self.down:
             for i, block in enumerate(down.block):

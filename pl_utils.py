@@ -280,6 +280,7 @@ class DDPM(pl.LightningModule):
             net._compiled_call_impl = None  # of training
         if self.bf16:
             net = net.to(torch.bfloat16)
+            net.temb = self.net.temb  # in float32: `chain` runs it once for all steps
         if compiles:
             torch._dynamo.config.suppress_errors = True  # where it cannot: slower, with a warning
             net.compile()
