@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Interrupted(Exception):
 
 
 class Checkpoints(pl.Callback):
-    """Saves at intervals, at the end and on SIGINT or SIGTERM; keeps the last few.
+    """Saves at intervals, at the end and on SIGINT, SIGTERM or SIGHUP; keeps the last few.
 
     `last.ckpt` is a second name of the newest file. Where a run goes on from an earlier step, the
     files of later ones are set aside, so that the newest is always the run's own.
@@ -62,6 +63,9 @@ class Checkpoints(pl.Callback):
         self.began = True
         self._main = trainer.is_global_zero
         signals = [signal.SIGINT, signal.SIGTERM]
+        # a closed terminal or a lost connection, unless `nohup` is to outlive it
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
         if "SLURM_JOB_ID" in os.environ:
             signals.append(signal.SIGUSR1)  # sbatch --signal=SIGUSR1@90: the time is nearly up
         for signum in signals:
@@ -81,12 +85,15 @@ class Checkpoints(pl.Callback):
                 leftover.unlink()
 
     def _receive(self, signum: int, _) -> None:
+        if self._received and signum == getattr(signal, "SIGHUP", None):
+            return  # a shell that ends sends it once more
         if self._received:  # the second one: at once, with the cursor back
             os.write(2, b"\x1b[?25h" if os.isatty(2) else b"")
             os._exit(128 + signum)
         self._received = signum
         if self._main:
-            os.write(2, b"\nsaving after this step; a second signal ends at once\n")
+            with suppress(OSError):  # the terminal may be what has gone
+                os.write(2, b"\nsaving after this step; a second signal ends at once\n")
 
     def signalled(self) -> int:
         """The signal that any rank has received, or 0; all ranks ask together."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from torch.utils.data import Dataset
 
@@ -17,6 +18,7 @@ from config import WITH_TEST_SET, Config
 from sources import Source, in_threads
 
 MIRROR_MATTERS = ("digits", "mnist")
+TITLE = "contact sheet of dataset.py"
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -231,6 +233,22 @@ def contact_sheet(pictures: Dataset, *, columns: int = 8, rows: int = 8) -> Imag
     return sheet
 
 
+def write_contact_sheet(pictures: Dataset, path: Path) -> None:
+    """As a PNG that says what it is."""
+    text = PngInfo()
+    text.add_text("Title", TITLE)
+    contact_sheet(pictures).save(path, pnginfo=text)
+
+
+def is_contact_sheet(path: Path) -> bool:
+    """Whether it may be replaced by another."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Title") == TITLE
+    except (OSError, ValueError):
+        return False
+
+
 def print_headers(config: Config, headers: Headers, console: Console) -> None:
     data = config.dataset
     _print(console, "set", data.name + (f" at {data.root}" if data.name != "digits" else ""))
@@ -289,8 +307,8 @@ def print_advice(advice: list[str], sheet: Path, console: Console) -> None:
     _print(console, "sheet", str(sheet))
     console.print("\nwhat may want changing:" if advice else "\nnothing to change")
     for line in advice:
-        console.print(f"  * {line}", markup=False)
+        console.print(f"  * {line}")
 
 
 def _print(console: Console, label: str, text: str) -> None:
-    console.print(f"{label:<8}{text}", markup=False)
+    console.print(f"{label:<8}{text}")

@@ -8,12 +8,15 @@ checkpoint. Each section mirrors one constructor (`model` is `UNet`, `diffusion`
 
 import difflib
 import json
+import os
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -35,6 +38,7 @@ class Section(BaseModel):
     )
 
 
+Folder = Annotated[str, AfterValidator(os.path.expanduser)]  # a shell leaves key=~/x alone
 WITH_TEST_SET = ("mnist", "fashion-mnist", "cifar10", "flowers102")
 
 
@@ -47,9 +51,9 @@ class DatasetConfig(Section):
         "folder", "zip", "tar", "npy", "npz", "huggingface",
     ]  # fmt: skip
     """which pictures; folder, zip, npy, ... are your own"""
-    root: str = "data"
+    root: Folder = "data"
     """where they are, or are fetched to"""
-    image_size: int = Field(ge=4)
+    image_size: int = Field(ge=4, le=16_384)
     """height and width, in pixels"""
     channels: int = Field(3, ge=1, le=4)
     """1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha"""
@@ -59,7 +63,7 @@ class DatasetConfig(Section):
     """mirror half of the training pictures"""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
     """held out, where the set has no test set of its own"""
-    cache: str = "data/cache"
+    cache: Folder = "data/cache"
     """folder of decoded pictures"""
 
     @model_validator(mode="after")
@@ -75,7 +79,7 @@ class DatasetConfig(Section):
 class ModelConfig(Section):
     """The attention U-Net (Ho et al. 2020, appendix B)."""
 
-    base_channels: int = Field(128, ge=4)
+    base_channels: int = Field(128, ge=4, le=16_384)
     """width before the multipliers"""
     channel_multipliers: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 2, 2], min_length=1)
     """width of each level, finest first"""
@@ -95,7 +99,7 @@ class ModelConfig(Section):
 class DiffusionConfig(Section):
     """The forward process q."""
 
-    timesteps: int = Field(1000, ge=1)
+    timesteps: int = Field(1000, ge=1, le=1_000_000)
     """T"""
     beta_schedule: Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine"] = (
         "linear"
@@ -110,13 +114,13 @@ class DiffusionConfig(Section):
 class TrainingConfig(Section):
     """Optimisation, hardware, and how often to do what. `batch_size` is that of all devices."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """of everything random"""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, le=1_000_000)
     """of all devices together"""
     micro_batch_size: int | None = Field(None, ge=1)
     """pictures at a time on a device; null is as many as fit"""
-    max_steps: int = Field(ge=1)
+    max_steps: int = Field(ge=1, le=10**9)
     """updates, then it ends"""
     learning_rate: float = Field(2e-4, gt=0)
     """of Adam, after the warm-up"""
@@ -134,7 +138,7 @@ class TrainingConfig(Section):
     """auto: on CUDA, for 10,000 steps and more"""
     activation_checkpointing: bool = False
     """less memory, more time"""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0, le=256)
     """processes that load pictures"""
     log_every: int = Field(100, ge=1)
     """steps"""
@@ -142,7 +146,7 @@ class TrainingConfig(Section):
     """steps; 0 is never"""
     preview_every: int = Field(5000, ge=0)
     """steps; 0 is never"""
-    preview_images: int = Field(36, ge=1)
+    preview_images: int = Field(36, ge=1, le=10_000)
     """in the grid"""
     evaluate_every: int = Field(0, ge=0)
     """steps; 0 is never"""
@@ -162,7 +166,7 @@ class TrainingConfig(Section):
     """of each node; auto is all GPUs"""
     num_nodes: int = Field(1, ge=1)
     """machines"""
-    results_folder: str = "lightning_logs"
+    results_folder: Folder = "lightning_logs"
     """where runs go"""
 
     @field_validator("logger", mode="before")
@@ -235,7 +239,7 @@ class Config(Section):
 
 
 def divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)  # n is a batch
 
 
 class _Loader(yaml.SafeLoader):
@@ -256,7 +260,8 @@ _Loader.add_implicit_resolver(
 
 
 def _no_duplicate_keys(loader, node, deep=False):
-    keys = [loader.construct_object(key) for key, _ in node.value]
+    merge = "tag:yaml.org,2002:merge"
+    keys = [loader.construct_object(key) for key, _ in node.value if key.tag != merge]
     for key in keys:
         if keys.count(key) > 1:
             raise ValueError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
@@ -282,7 +287,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise FileNotFoundError(f"no config at {path}{did_you_mean(str(path), there)}")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except Exception as error:  # its constructors raise anything
         where = " ".join(str(error).split())
         raise ValueError(f"{path} is not valid YAML: {where}") from None
     if not isinstance(tree, dict):
@@ -299,15 +304,22 @@ def apply_override(tree: dict, override: str) -> None:
     if not (equals and dot and section and name and "." not in name):
         raise ValueError(f"{override!r} is not an override; write section.key=value")
     try:
-        value = parse_yaml(text)
-    except yaml.YAMLError:
-        raise ValueError(f"{override!r}: {text!r} is not a YAML value") from None
+        value = text if is_text(section, name, text) else parse_yaml(text)
+    except Exception:  # its constructors raise anything
+        raise ValueError(f"{section}.{name}: {reprlib.repr(text)} is not a YAML value") from None
     values = tree.setdefault(section, {})
     if values is None:
         values = tree[section] = {}
     if not isinstance(values, dict):
         raise ValueError(f"{override!r}: {section} is not a section")
     values[name] = value
+
+
+def is_text(section: str, name: str, text: str) -> bool:
+    """Whether a key takes text as it stands: folders called 2024-02-03 or `my #1`, not quoted."""
+    field = Config.model_fields.get(section)
+    key = field and field.annotation.model_fields.get(name)
+    return bool(key) and key.annotation is str and text[:1] not in "\"'"
 
 
 def check_config(tree: dict, *, source: str) -> Config:
@@ -332,7 +344,7 @@ def _explain(fault: dict) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}: {fault['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{where}: {reprlib.repr(fault['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def keys_like(incomplete: str) -> list[str]:
@@ -360,12 +372,6 @@ def to_yaml(config: Config) -> str:
             text = yaml.safe_dump([value], default_flow_style=True, width=1000).strip()[1:-1]
             lines.append(f"  {f'{key}: {text}':<34}  # {fields[key].description}")
     return "\n".join(lines) + "\n"
-
-
-def first_comment(path: Path) -> str:
-    """What a config says of itself on its first line."""
-    line = path.read_text(encoding="utf-8").partition("\n")[0]
-    return line.removeprefix("#").strip() if line.startswith("#") else ""
 
 
 # What may change between two parts of one run without changing what it computes

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from config import Config, differences, keys_like, to_yaml
-from terminal import fail
+from terminal import fail, plain_console
 
 HELP = """
 Take in weights of other DDPM codes, and give ours to them.
@@ -48,7 +47,7 @@ of pictures. Each is read back and compared before it is given its name.
 """
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, help=HELP)
-console = Console(highlight=False, soft_wrap=True)
+console = plain_console()
 
 
 @app.command("import", help=IMPORT)

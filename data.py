@@ -68,6 +68,6 @@ class Data(pl.LightningDataModule):
 
 def leave_signals_to_the_parent(_: int) -> None:
     """A terminal and SLURM signal every process; workers must outlive it to end the step."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows lacks some
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import typer
 from PIL import Image, ImageOps
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -33,7 +32,7 @@ from torch.utils.data import Dataset, Sampler
 from config import keys_like, load_config
 from named_sets import find_pictures
 from sources import Source, explain, in_threads, open_files
-from terminal import fail
+from terminal import fail, plain_console
 
 
 class Pictures(Dataset):
@@ -211,7 +210,7 @@ def _decode(source: Source, root: str, cache: Path, progress, *, fit: str, **sha
     array_file = cache / f"{digest}-{size}x{size}x{channels}.npy"
     skipped_file = array_file.with_suffix(".json")  # written last: where it is, all is
     count = len(source.names)
-    if not skipped_file.exists():
+    if not is_whole(array_file, skipped_file, (count, channels, size, size)):
         cache.mkdir(parents=True, exist_ok=True)
         temporary = array_file.with_suffix(f".{uuid.uuid4().hex}.tmp")
         for leftover in cache.glob("*.tmp"):  # of a run that was killed
@@ -242,7 +241,10 @@ def _decode(source: Source, root: str, cache: Path, progress, *, fit: str, **sha
             temporary.replace(array_file)
         finally:
             temporary.unlink(missing_ok=True)
-        temporary.write_text(json.dumps(skipped))
+        with temporary.open("w") as file:
+            json.dump(skipped, file)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(skipped_file)
 
     skipped = json.loads(skipped_file.read_text())
@@ -255,6 +257,15 @@ def _decode(source: Source, root: str, cache: Path, progress, *, fit: str, **sha
         print(f"{message}\n  They are left out.")
     rows = [row for row, name in enumerate(source.names) if name not in skipped]
     return Pictures(array_file, np.array(rows))
+
+
+def is_whole(array_file: Path, skipped_file: Path, shape: tuple[int, ...]) -> bool:
+    """Whether both files of the cache are there and as they were written."""
+    try:
+        skipped = json.loads(skipped_file.read_text())
+        return isinstance(skipped, dict) and np.load(array_file, mmap_mode="r").shape == shape
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 class Files:
@@ -345,12 +356,14 @@ def check_pictures(
 ):
     import check
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     bar = partial(track, console=console, transient=True, disable=not console.is_terminal)
     sheet = contact_sheet or Path("samples", f"{config_file.stem}-data.png")
     try:
         if sheet.suffix.lower() != ".png":
             raise ValueError(f"--contact-sheet {sheet} must end in .png")
+        if sheet.exists() and not check.is_contact_sheet(sheet):
+            raise ValueError(f"{sheet} is another picture; choose another --contact-sheet")
         config = load_config(config_file, overrides or ())
         data = config.dataset
         found = find_pictures(data.name, Path(data.root))
@@ -369,7 +382,7 @@ def check_pictures(
         ]
         check.print_values(config, train, held_out, names, console)
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        check.contact_sheet(parts["train"]).save(sheet)
+        check.write_contact_sheet(parts["train"], sheet)
         check.print_advice(check.advise(config, headers, train, held_out), sheet, console)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from callbacks import preview_steps, preview_weights
 from checkpoint import write_checkpoint
@@ -242,7 +243,7 @@ def rehearse(config: Config, console: Console, *, dollars_per_hour: float | None
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(f"[bold]{row[0]}", row[1])
+        table.add_row(Text(row[0], "bold"), row[1])
     console.print(table, soft_wrap=False)
 
 

@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from sample import Eta, Sampler, Spacing, Timesteps, Variance, Weights
-from terminal import fail, is_main_process, quiet_libraries
+from terminal import fail, is_main_process, plain_console, quiet_libraries
 
 HELP = """
 Measure a model as the paper did, with the recipe beside the number.
@@ -105,7 +105,7 @@ def evaluate(
     ] = None,
 ):
     asked = SimpleNamespace(**locals())
-    console = Console(quiet=not is_main_process(), highlight=False, soft_wrap=True)
+    console = plain_console(quiet=not is_main_process())
     began, goes_on = False, "nothing is kept without --save-images"
     try:
         quiet_libraries()

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from sample import Eta, Sampler, Spacing, Timesteps, Variance, Weights
-from terminal import fail
+from terminal import fail, plain_console
 
 HELP = """
 The paper's figures of a trained model.
@@ -104,7 +104,7 @@ def figures(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ):
     asked = SimpleNamespace(**locals())
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     try:
         output = check_request(asked)
         job = prepare_job(asked, console)

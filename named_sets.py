@@ -15,10 +15,10 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import numpy as np
-from rich.console import Console
 from rich.progress import wrap_file
 
 from sources import Source, open_array, open_files, open_folder, open_huggingface, open_lmdb
+from terminal import plain_console
 
 LSUN = {"lsun-church": "church_outdoor_train_lmdb", "lsun-bedroom": "bedroom_train_lmdb"}
 
@@ -97,7 +97,7 @@ def fetch(urls: list[str], path: Path, *, md5: str, mend: str, member: str | Non
 def _download(url: str, file: Path) -> None:
     request = Request(url, headers={"User-Agent": "Mozilla/5.0"})
     with urlopen(request, timeout=60) as answer, file.open("wb") as copy:
-        console = Console(highlight=False, soft_wrap=True)
+        console = plain_console()
         console.print(f"fetching {url}")
         with wrap_file(
             answer,

@@ -79,13 +79,14 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 @cache
 def kernel() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be built."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    compiler = []
     try:
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
         target = Path("/proc/cpuinfo")  # `native` differs between machines that share a home
         lines = target.read_text().splitlines()
         flags = [line for line in lines if line.startswith(("flags", "Features"))][:1]
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         version, flags = b"", [platform.processor()]
     recipe = [SOURCE.read_text(), FLAGS, str(version), platform.machine(), *flags]
     digest = hashlib.sha256("".join(recipe).encode()).hexdigest()[:16]
@@ -98,8 +99,11 @@ def kernel() -> ctypes.CDLL | None:
             folder.mkdir(parents=True, exist_ok=True)
             command = [*compiler, *FLAGS.split(), str(SOURCE), "-o", str(temporary)]
             subprocess.run(command, capture_output=True, check=True)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # half a library is a crash
             temporary.rename(library)
-        return ctypes.CDLL(str(library))
+        loaded = ctypes.CDLL(str(library))
+        return loaded if hasattr(loaded, "backward_bfloat16") else None
     except (OSError, subprocess.SubprocessError):
         temporary.unlink(missing_ok=True)
         return None

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from config import did_you_mean
-from terminal import fail
+from terminal import fail, plain_console
 
 HELP = """
 Make pictures with a trained model.
@@ -112,7 +111,7 @@ def sample(
     ] = "png",
     gif: Annotated[bool, typer.Option("--gif", help="chain.gif: how 36 of them arise.")] = False,
 ):
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     try:
         given = {
             "sampler": sampler,
@@ -122,7 +121,7 @@ def sample(
             "spacing": spacing,
         }
         given = {key: value for key, value in given.items() if value is not None}
-        chosen = parse_seeds(seeds) if seeds else list(range(seed, seed + num_images))
+        chosen = list(range(seed, seed + num_images)) if seeds is None else parse_seeds(seeds)
         source = which_model(checkpoint, run_name)
         ddpm, steps, recipe = prepare(source, device, weights, image_size, given)
         if format == "jpg" and ddpm.config.dataset.channels in (2, 4):
@@ -181,7 +180,7 @@ def parse_seeds(text: str) -> list[int]:
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(f"--seeds {text!r}: {part!r} is neither 7 nor 0-63")
         first, last = int(match[1]), int(match[2] or match[1])
-        if last - first >= most or last >= 2**63:
+        if len(seeds) + last - first >= most or last >= 2**63:
             raise ValueError(f"--seeds {text!r}: at most {most:,} of them, each below 2^63")
         seeds |= dict.fromkeys(range(first, last + 1))
     return list(seeds)
@@ -284,8 +283,12 @@ def missing_seeds(folder: Path, seeds: list[int], recipe: dict) -> list[int]:
     folder.mkdir(parents=True, exist_ok=True)
     missing = [seed for seed in seeds if not is_good(picture_file(folder, seed), recipe)]
     there, asked = (p for p in folder.glob("*.png") if p.stem.isdigit()), set(seeds)
-    if another := next((p for p in there if int(p.stem) not in asked), None):
-        is_good(another, recipe)
+    another = next((p for p in there if int(p.stem) not in asked), None)
+    ours = len(missing) < len(seeds) or (another and is_good(another, recipe))
+    copies = (folder / name for name in ("grid.png", "pictures.npz", "chain.gif", "enlarged"))
+    copies = [*copies, *(picture_file(folder, seed).with_suffix(".jpg") for seed in seeds)]
+    if not ours and (foreign := next((path for path in copies if path.exists()), None)):
+        raise OtherRecipe(f"{foreign} is in the way; choose another --output-dir, or delete it")
     return missing
 
 
@@ -297,8 +300,12 @@ def is_good(path: Path, recipe: dict) -> bool:
         with Image.open(path) as image:
             image.load()
             other = json.loads(image.info.get("recipe", "{}"))
+    except FileNotFoundError:
+        return False
     except (OSError, ValueError):
-        return False  # or cut short when it was written
+        if path.read_bytes()[:4] in (b"", b"\x89PNG"):
+            return False  # cut short
+        raise OtherRecipe(f"{path} is no picture; choose another --output-dir") from None
     changed = [
         f"{key} {other.get(key)} -> {value}"
         for key, value in recipe.items()

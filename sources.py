@@ -62,13 +62,10 @@ def is_picture(name: str) -> bool:
 def open_files(root: Path) -> Source:
     """All pictures of a folder, searched through, of a zip or of a tar."""
     if root.is_dir():
-        paths = (
-            Path(folder, file).relative_to(root)
-            for folder, _, files in os.walk(root, followlinks=True)
-            for file in files
-        )
-        names = (path.as_posix() for path in paths)
-        source = open_folder(root, [n for n in names if is_picture(n) and (root / n).exists()])
+        names = (path.relative_to(root).as_posix() for path in files_under(root))
+        source = open_folder(root, [n for n in names if is_picture(n) and (root / n).is_file()])
+    elif not root.is_file() and root.exists():
+        raise ValueError(f"{root} (dataset.root) is neither a folder nor a file")
     elif zipfile.is_zipfile(root):
         source = open_zip(root)
     elif root.is_file() and tarfile.is_tarfile(root):
@@ -85,6 +82,18 @@ def open_files(root: Path) -> Source:
         kinds = ", ".join(extension[1:] for extension in EXTENSIONS)
         raise FileNotFoundError(f"{root} (dataset.root) holds no pictures ({kinds})")
     return source
+
+
+def files_under(root: Path) -> Iterator[Path]:
+    """Through links to folders too, each folder once."""
+    seen = set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            below.clear()  # `os.walk` looks here for where to go on
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        yield from (Path(folder, file) for file in files)
 
 
 def open_folder(root: Path, names: list[str]) -> Source:

@@ -3,6 +3,7 @@
 It needs no package, so that it can speak of those that are missing.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -16,7 +17,8 @@ def fail(error: BaseException) -> int:
     """Say what is wrong in one message; the exit code: 2 where the input is, else 1."""
     where = "" if is_main_process() else f" (rank {rank()})"
     print(f"error{where}: {describe(error)}", file=sys.stderr, flush=True)
-    return 2 if isinstance(error, WRONG_INPUT) else 1
+    too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    return 2 if isinstance(error, WRONG_INPUT) or too_long else 1
 
 
 def describe(error: BaseException) -> str:
@@ -33,19 +35,45 @@ def describe(error: BaseException) -> str:
             f"{error.name} is not installed for {sys.executable}: "
             "pip install -r requirements.txt, or take the Python that has it (.venv/bin/python)"
         )
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        reason = text.splitlines()[0] if text else type(error).__name__
+        return f"this does not fit into memory; try less of it ({reason})"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"no space left on the disk{where}: free some, and give the command again"
     return text if isinstance(error, EXPECTED) else f"{type(error).__name__}: {text}"
 
 
 def guard() -> None:
-    """From here on an installation that cannot work ends in `describe`, not in a traceback."""
+    """From here on an installation that cannot work ends in `describe`, not in a traceback.
+
+    Ctrl-C ends with 130 also while packages are imported, and names in letters that the
+    terminal lacks are printed as it can.
+    """
 
     def hook(kind, error, trace) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            os._exit(130)
         if isinstance(error, ImportError) or "torchvision::nms" in str(error):
             fail(error)
         else:
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def plain_console(quiet: bool = False):
+    """A console that prints names as they are, and that a reader may leave (`| head`)."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return Plain(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def quiet_libraries() -> None:
@@ -62,7 +90,8 @@ def quiet_libraries() -> None:
 
 def rank() -> int:
     names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # torchrun, Lightning, srun
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    numbers = (os.environ.get(name, "") for name in names)
+    return next((int(number) for number in numbers if number.isdigit()), 0)
 
 
 def is_main_process() -> bool:

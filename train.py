@@ -21,12 +21,11 @@ from config import (
     Config,
     check_config,
     differences,
-    first_comment,
     keys_like,
     load_config,
     to_yaml,
 )
-from terminal import EXPECTED, fail, is_main_process, quiet_libraries
+from terminal import EXPECTED, fail, is_main_process, plain_console, quiet_libraries
 
 HELP = """
 Train a diffusion model from one YAML file.
@@ -85,13 +84,14 @@ def train(
         ),
     ] = False,
     dollars_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="What all its hardware costs; implies --dry-run.")
+        float | None,
+        typer.Option(min=0, max=1e6, help="What all its hardware costs; implies --dry-run."),
     ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the whole config, explained, and end.")
     ] = False,
 ):
-    console = Console(quiet=not is_main_process(), highlight=False, soft_wrap=True)
+    console = plain_console(quiet=not is_main_process())
     run = None
     if config_file is None:
         list_configs(console)
@@ -109,7 +109,7 @@ def train(
         results = Path(config.training.results_folder)
         name = check_name(run_name or config_file.stem)
 
-        requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+        requeued = os.environ.get("SLURM_RESTART_COUNT", "0").strip("0").isdigit()
         requeued = requeued and bool(runs_of(results, name, run_name))
         weights = None
         if requeued:  # whatever it began from, it has gone on since
@@ -130,7 +130,9 @@ def train(
     except KeyboardInterrupt:
         console.print("stopped before the first step; nothing was saved")
         code = 130
-    except (ValueError, OSError) as error:
+    except typer.Exit:
+        raise
+    except Exception as error:
         code = fail(error)
     if run and run.is_dir():
         console.print(f"run folder: {run}")
@@ -170,8 +172,14 @@ def list_configs(console: Console) -> None:
     """One line for each."""
     console.print("python train.py CONFIG; there are:\n")
     for path in sorted(Path("configs").glob("*.yml")):
-        console.print(f"  {path.as_posix():<28}{first_comment(path)}", markup=False)
+        console.print(f"  {path.as_posix():<28}{first_comment(path)}")
     console.print("\nto begin with: python train.py configs/digits.yml; more: --help")
+
+
+def first_comment(path: Path) -> str:
+    """What a config says of itself on its first line."""
+    line = path.read_text(encoding="utf-8").partition("\n")[0]
+    return line.removeprefix("#").strip() if line.startswith("#") else ""
 
 
 def fit(config: Config, run: Path, checkpoint_path: Path | None, weights, console: Console) -> int:
@@ -332,8 +340,11 @@ def last_change(run: Path) -> float:
 
 
 def check_name(name: str) -> str:
-    if not name or name.startswith(".") or Path(name).name != name or "\\" in name:
-        raise ValueError(f"--run-name {name!r} must be a plain name, without folders")
+    if not name.strip() or name[0] in ".~" or set(name) & set("/\\*?[]\0"):
+        raise ValueError(
+            f"a run cannot be called {name!r}: give a --run-name without / \\ * ? [ ] that begins "
+            "with neither . nor ~"
+        )
     return name
 
 

@@ -159,7 +159,7 @@ def test_a_second_run_gets_its_own_folder(place, monkeypatch):
         ("configs/smoke.yml --checkpoint-path configs/smoke.yml", "not a checkpoint"),
         ("configs/smoke.yml --checkpoint-path evil.ckpt", "asks to run"),
         ("configs/smoke.yml --continue-training --run-name x", "no run lightning_logs/x"),
-        ("configs/smoke.yml --run-name ../x", "plain name"),
+        ("configs/smoke.yml --run-name ../x", "cannot be called"),
         ("configs/smoke.yml --continue-training training.seed=1", "training.seed: 0 -> 1"),
         ("configs/smoke.yml training.devices=3", "8 cannot be shared by 3 devices; try 6 or 9"),
         ("configs/smoke.yml training.accelerator=gpu", "error: "),

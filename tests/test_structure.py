@@ -15,7 +15,7 @@ ALLOWED = {
     "model": {"norm_silu"},
     "diffusion_utils": set(),
     "sources": set(),
-    "named_sets": {"sources"},
+    "named_sets": {"sources", "terminal"},
     "check": {"config", "sources"},
     "dataset": {"terminal", "check", "config", "named_sets", "sources"},
     "checkpoint": set(),
