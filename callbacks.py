@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from itertools import chain, count
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
+from checkpoint import saved_steps
 from config import Config, TrainingConfig, to_yaml
 from diffusion_utils import GaussianDiffusion, Step, make_steps
 
@@ -76,9 +78,10 @@ class Checkpoints(pl.Callback):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # this replaces it
         if trainer.is_global_zero:
             here = self._path(trainer.global_step)
-            for path in self.folder.glob("step-*.ckpt"):
+            for path in saved_steps(self.folder):
                 if path.name > here.name:
-                    print(f"set aside: {path.rename(path.with_suffix('.ckpt.aside'))}")
+                    names = (path.with_name(f"{path.name}.aside{n}") for n in chain([""], count(2)))
+                    print(f"set aside: {path.rename(next(p for p in names if not p.exists()))}")
             if here.exists():
                 self._point_last_to(here)
             for leftover in self.folder.glob(".*.tmp"):
@@ -122,7 +125,7 @@ class Checkpoints(pl.Callback):
         self.last = path
         if trainer.is_global_zero:
             self._point_last_to(path)
-            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.config.keep_checkpoints]:
+            for old in saved_steps(self.folder)[: -self.config.keep_checkpoints]:
                 old.unlink()
 
     def _end_if(self, signum: int, trainer) -> None:

@@ -85,6 +85,11 @@ def can_continue(path: Path) -> bool:
     return is_checkpoint(data) and "optimizer_states" in data
 
 
+def saved_steps(folder: Path) -> list[Path]:
+    """What training has saved there, oldest first; other names are a person's own."""
+    return sorted(p for p in folder.glob("step-*.ckpt") if re.fullmatch(r"step-\d{8,}", p.stem))
+
+
 def newest_checkpoint(run: Path) -> Path:
     """The newest checkpoint of a run's folder that can be read; says which it passes over.
 
@@ -92,7 +97,7 @@ def newest_checkpoint(run: Path) -> Path:
         FileNotFoundError: there is none.
     """
     folder = run / "checkpoints"
-    for path in [*sorted(folder.glob("step-*.ckpt"), reverse=True), folder / "last.ckpt"]:
+    for path in [*reversed(saved_steps(folder)), folder / "last.ckpt"]:
         try:
             read_checkpoint(path)
             return path

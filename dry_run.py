@@ -20,6 +20,7 @@ from data import Data
 from dataset import Pictures
 from diffusion_utils import from_uint8
 from hardware import (
+    activation_bytes,
     count_flops,
     device_name,
     duration,
@@ -63,13 +64,18 @@ class Seconds(NamedTuple):
 # ---- arithmetic
 
 
-def flops_per_picture(config: Config) -> tuple[int, int]:
-    """FLOPs of one picture: forward, and in training without what checkpointing repeats."""
+def one_picture(config: Config) -> tuple[UNet, torch.Tensor, torch.Tensor]:
+    """The network and what it takes, without numbers."""
     data = config.dataset
     with torch.device("meta"):
         net = UNet(image_size=data.image_size, channels=data.channels, **config.model.model_dump())
         x = torch.empty(1, data.channels, data.image_size, data.image_size)
-        return count_flops(net, x, torch.zeros(1, dtype=torch.long))
+        return net, x, torch.zeros(1, dtype=torch.long)
+
+
+def flops_per_picture(config: Config) -> tuple[int, int]:
+    """FLOPs of one picture: forward, and in training without what checkpointing repeats."""
+    return count_flops(*one_picture(config))
 
 
 def project(training: TrainingConfig, once: Seconds) -> Seconds:
@@ -119,7 +125,9 @@ class Rehearsal:
 
     def __init__(self, config: Config):
         self.results = Path(config.training.results_folder).absolute()
-        trainer = build_trainer(config, self.results / "dry-run", Console(quiet=True))
+        silent = {"logger": ["csv"], "evaluate_every": 0}  # which writes and fetches nothing
+        silent = config.model_copy(update={"training": config.training.model_copy(update=silent)})
+        trainer = build_trainer(silent, self.results / "dry-run", Console(quiet=True))
         self.device, self.ranks = trainer.strategy.root_device, trainer.world_size
         self.share = config.training.batch_size // self.ranks
         self.at_once = min(config.training.micro_batch_size or self.share, self.share)
@@ -279,7 +287,6 @@ def measure(config: Config, say: Callable[[str], None]) -> Measured:
         if first < LONG:
             seconds = timed(lambda: run.steps(1, 1), device)
             part = min(share, max(2, int(LONG / seconds)))
-        small = peak_memory(device)
     if part > 1 or share == 1:
         say("training steps")
         first = run.fit_into_memory(part)
@@ -292,17 +299,20 @@ def measure(config: Config, say: Callable[[str], None]) -> Measured:
     if part < share:
         run.notes.append(f"steps: scaled from {part} of the {share} pictures")
 
+    parameters = sum(p.numel() for p in run.ddpm.unet.parameters())
     memory, there = peak_memory(device), memory_there(device)
     at_once = min(run.ddpm.micro, share)
-    about = "" if part >= at_once else "about " if part > 1 else "at least "
-    if 1 < part < at_once:  # what each further picture took
-        memory += (memory - small) / (part - 1) * (at_once - part)
-    if memory > there:
-        fits = max(d for d in range(1, part + 1) if share % d == 0)
-        run.notes.append(
-            f"{at_once} pictures at a time will not fit; training.micro_batch_size={fits} does, "
-            "and is the same step"
-        )
+    if part < at_once:  # each further picture keeps its activations
+        each = activation_bytes(*one_picture(config)) / (2 if run.ddpm.bf16 else 1)
+        least = memory + (8 * parameters if run.step == 1 else 0)  # Adam's came after the peak
+        memory = least + (at_once - part) * each
+        if memory > there:
+            fitting = (d for d in range(1, at_once) if share % d == 0)
+            fits = max((d for d in fitting if least + (d - part) * each < there), default=1)
+            run.notes.append(
+                f"{at_once} pictures at a time will not fit; training.micro_batch_size={fits} "
+                "should, and is the same step"
+            )
 
     data, quote = config.dataset.name, QUOTES.get(config.dataset.name)
     counts = {key: len(pictures) for key, pictures in run.data.pictures.items()}
@@ -334,12 +344,12 @@ def measure(config: Config, say: Callable[[str], None]) -> Measured:
         peak=peak * run.ranks,
         data=data,
         held_out=counts["validation"],
-        parameters=sum(p.numel() for p in run.ddpm.unet.parameters()),
+        parameters=parameters,
         flops=(forward, flops),
         once=Seconds(seconds * share / part, preview, validation, checkpoint),
-        first_step=run.start + first,
+        first_step=run.start + first * share / part,
         repeats=repeats,
-        memory=f"{about}{memory / 2**30:.2f} of {there / 2**30:.1f} GiB",
+        memory=f"{'about ' * (part < at_once)}{memory / 2**30:.2f} of {there / 2**30:.1f} GiB",
         checkpoint_size=size,
         notes=run.notes,
     )

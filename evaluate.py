@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import count, pairwise
 from pathlib import Path
 from statistics import median
@@ -47,7 +48,7 @@ Examples:
   python evaluate.py samples --reference data/faces.zip
 """
 
-VERSIONS = "torch", "torch-fidelity", "numpy", "scipy", "pytorch-lightning"
+VERSIONS = "torch", "torch_fidelity", "numpy", "scipy", "pytorch_lightning"
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -96,7 +97,9 @@ def evaluate(
     eta: Eta = None,
     spacing: Spacing = None,
     variance: Variance = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first picture; then + 1 each.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="Of the first picture; then + 1 each.")
+    ] = 0,
     weights: Weights = "ema",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time, a device.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -164,10 +167,14 @@ class Job:
         """The folder. ValueError where another recipe's numbers or pictures are in it."""
         from sample import missing_seeds
 
-        try:
-            other = json.loads((folder / "metrics.json").read_text())["recipe"]
-        except (FileNotFoundError, ValueError, KeyError):
-            other = self.recipe
+        path, other = folder / "metrics.json", self.recipe
+        if path.exists():
+            try:
+                other = dict(json.loads(path.read_text())["recipe"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{path} is not of this command; choose another --output"
+                ) from None
         differing = [k for k in self.recipe | other if self.recipe.get(k) != other.get(k)]
         if differing:
             raise ValueError(
@@ -185,10 +192,11 @@ class Job:
         say = self.console.print
         if protocol.ddpm:
             step = f"step {recipe['step']:,}, " if recipe["step"] is not None else ""
-            say(
-                f"{recipe['source']} ({step}{recipe['weights']} weights): {protocol.count:,} "
-                f"pictures by {recipe['sampler']}, {recipe['timesteps']} steps"
-            )
+            text = f"{recipe['source']} ({step}{recipe['weights']} weights)"
+            if protocol.tally:
+                text += f": {protocol.count:,} pictures by {recipe['sampler']}, "
+                text += f"{recipe['timesteps']} steps"
+            say(text)
         else:
             say(f"{recipe['source']}: {protocol.count:,} pictures")
         if tally := protocol.tally:
@@ -332,7 +340,7 @@ class Job:
             "scores": {name: score.facts() for name, score in scores.items()},
             "recipe": self.recipe,
             "not as in the paper": protocol.departures(),
-            "versions": {name: version(name) for name in VERSIONS},
+            "versions": {name: version(name) for name in VERSIONS if find_spec(name)},
             "devices": devices,
             "precision": "bfloat16" if protocol.ddpm and protocol.ddpm.bf16 else "float32",
             "seconds": self.seconds,
@@ -351,7 +359,9 @@ class Job:
         import numpy as np
 
         arrays = {name: tensor.numpy() for name, tensor in self.bound._asdict().items()}
-        np.savez(self.folder / "nll.npz", rows=self.protocol.nll_rows, **arrays)
+        temporary = self.folder / ".nll.tmp.npz"
+        np.savez(temporary, rows=self.protocol.nll_rows, **arrays)
+        temporary.replace(self.folder / "nll.npz")
 
     def _print(self, scores: dict) -> None:
         papers = self.protocol.papers()

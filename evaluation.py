@@ -92,7 +92,7 @@ def build_predictor(device: str, devices: int | None) -> pl.Trainer:
         ValueError: there are not so many.
     """
     kind, _, index = device.partition(":")
-    nodes = 1
+    index, nodes = index if kind != "cpu" else "", 1
     if TorchElasticEnvironment.detect():
         devices, nodes = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_WORLD_SIZE"])
     elif SLURMEnvironment.detect():

@@ -79,7 +79,9 @@ def figures(
     num_images: Annotated[
         int | None, typer.Option(min=1, help="Samples, pairs, or pictures to measure.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first picture; then + 1 each.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="Of the first picture; then + 1 each.")
+    ] = 0,
     t: Annotated[
         list[int] | None, typer.Option(help="interpolation: where to mix; again for more rows.")
     ] = None,
@@ -156,6 +158,9 @@ def prepare_job(asked: SimpleNamespace, console: Console):
     bar = partial(
         track, description="", console=console, transient=True, disable=not console.is_terminal
     )
+    own = {name: getattr(asked, name) for name in ("kind", "seed", "num_images", "t", "picture")}
+    own["extractor"] = asked.extractor and str(asked.extractor)
+    recipe |= {name: value for name, value in own.items() if value is not None}
     return Job(ddpm, steps, recipe, caption, sampling, asked, bar)
 
 

@@ -87,6 +87,21 @@ def count_flops(net: nn.Module, x: Tensor, t: Tensor) -> tuple[int, int]:
     return totals[0], totals[1]
 
 
+def activation_bytes(net: nn.Module, x: Tensor, t: Tensor) -> int:
+    """What `net(x, t)` keeps for its gradient beside weights, in float32; on the meta device."""
+    weights = {p.untyped_storage()._cdata for p in net.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net(x, t)
+    storages = [v.untyped_storage() for key, v in kept.items() if key not in weights]
+    return sum(storage.nbytes() for storage in storages)
+
+
 def duration(seconds: float) -> str:
     """'15.1 ms', '3.2 s', '4 min 10 s', '3 h 24 min', '36 d 4 h'."""
     if seconds < 1:

@@ -67,8 +67,13 @@ class Extractor(nn.Module):
     @torch.inference_mode()
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
         pictures = pictures[:, :1].expand(-1, 3, -1, -1) if pictures.shape[1] < 3 else pictures
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            out = self.net(pictures[:, :3].contiguous())
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                out = self.net(pictures[:, :3].contiguous())
+        finally:
+            torch.set_float32_matmul_precision(precision)  # of training
         features, logits = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
         if isinstance(features, tuple):
             (features,) = features
@@ -287,14 +292,22 @@ def load_statistics(path: Path) -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in Statistics._fields if key in file}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged or not an .npz: {error}") from None
     mu, sigma = arrays.get("mu"), arrays.get("sigma")
-    if mu is None or sigma is None or sigma.shape != (*mu.shape, *mu.shape):
-        raise ValueError(f"{path} holds no statistics: mu [D] and sigma [D, D]")
-    features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
-    count = int(arrays["count"]) if "count" in arrays else None
-    return Statistics(count, mu.astype(np.float64), sigma.astype(np.float64), features)
+    none = ValueError(f"{path} holds no statistics: finite mu [D], sigma [D, D], features [N, D]")
+    if mu is None or sigma is None or mu.ndim != 1 or sigma.shape != (*mu.shape, *mu.shape):
+        raise none
+    try:
+        mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+        features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+        count = int(arrays["count"]) if "count" in arrays else None
+    except (ValueError, TypeError):
+        raise none from None
+    widths = (len(mu),) if features is None else features.shape[1:]
+    if widths != (len(mu),) or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+        raise none
+    return Statistics(count, mu, sigma, features)
 
 
 # ---- metrics

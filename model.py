@@ -241,8 +241,8 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
         numbers = draws.view(torch.int16)[: x.numel()].as_strided(x.shape, x.stride())
-        kept = numbers >= round(self.p * 2**16) - 2**15
-        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
+        kept = numbers >= min(round(self.p * 2**16), 2**16 - 1) - 2**15
+        return x * kept.to(x.dtype) * (1 / (1 - self.p))  # in bfloat16 the mask cannot hold 1.11
 
 
 class Downsample(nn.Module):

@@ -66,6 +66,7 @@ class DDPM(pl.LightningModule):
         self.weights = "ema"  # which of the two `forward` uses
         self.micro = config.training.micro_batch_size
         self.trained_steps, self.notes = 0, []  # of weights from a file
+        self.begun = 0  # the step that training goes on from
         # sums since the last log: loss, gradient norm, steps, skipped steps
         self.register_buffer("tally", torch.zeros(4), persistent=False)
         self.register_buffer("streak", torch.zeros(()), persistent=False)  # of skipped steps
@@ -101,7 +102,7 @@ class DDPM(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Compile, and find micro-batches that fit, before the first step."""
         training = self.config.training
-        left = training.max_steps - self.trainer.global_step
+        left = training.max_steps - self.begun
         self.unet.recompute = training.activation_checkpointing
         self.micro = training.micro_batch_size or training.batch_size // self.trainer.world_size
         on_cuda = self.device.type == "cuda"
@@ -138,7 +139,7 @@ class DDPM(pl.LightningModule):
             if self.unet._compiled_call_impl is None:
                 raise
             self.unet._compiled_call_impl = None
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"training.compile: cannot be done here, going on without ({reason})")
             return self._fits()
         return True
@@ -336,6 +337,7 @@ class DDPM(pl.LightningModule):
                 "the pictures are not those that this run has trained on (dataset.root): "
                 "going on would mix what is held out into training; start another run"
             )
+        self.begun = checkpoint["global_step"]
         # Lightning saves in the middle of its batch count; ours are steps, so both are one number
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for count in (progress["total"], progress["current"]):

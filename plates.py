@@ -38,7 +38,7 @@ class Job(NamedTuple):
         return list(range(self.asked.seed, self.asked.seed + (self.asked.num_images or count)))
 
     def write(self, figure, output: Path) -> None:
-        write_figure(figure, output, recipe=json.dumps(self.recipe))
+        write_figure(figure, output, recipe=json.dumps(self.recipe, default=str))
 
 
 # ---- the chain

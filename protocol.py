@@ -126,6 +126,8 @@ class Protocol:
         self.recipe["metrics"] = list(self.metrics)
         if not FEATURES & set(self.metrics):
             self.tally = None
+            for key in ("pictures", "seeds", "sampler", "timesteps", "eta", "spacing", "variance"):
+                self.recipe.pop(key, None)  # nothing is sampled
         if "nll" in self.metrics:
             self._prepare_nll()
 
@@ -148,10 +150,18 @@ class Protocol:
             fit = None if self.config is None else (self.shape[0], self.shape[1])
             self.reference = Files(path, fit)
         self.recipe["reference"] = {"name": name}
-        if isinstance(self.reference, Statistics):
+        of_numbers = isinstance(self.reference, Statistics)
+        there = self.reference.count if of_numbers else len(self.reference)
+        few = min(self.count, there or self.count)
+        too_few = {
+            m: f"{few} pictures are too few for it, {least} are needed"
+            for m, least in {"fid": 2, "kid": 2, "pr": 4}.items()
+            if few < least
+        }
+        if of_numbers:
             self.recipe["reference"]["digest"] = self.reference.digest()
             if self.reference.features is None:
-                return dict.fromkeys(("kid", "pr"), f"{name} holds no features")
+                return too_few | dict.fromkeys(("kid", "pr"), f"{name} holds no features")
         elif not len(self.reference):
             raise ValueError(f"--reference {name}: the dataset holds nothing out")
         elif self.reference.shape[1:] != self.shape[1:]:
@@ -161,11 +171,16 @@ class Protocol:
             )
         else:
             self.recipe["reference"]["digest"] = self.reference.fingerprint()
-        return {}
+        return too_few
 
     def _load_extractor(self, keep: int) -> dict[str, str]:
         self.extractor = load_extractor(self.asked.extractor, self.asked.extractor_weights)
         self.tally = self.extractor.new_tally(self.count, self.shape, keep=keep)
+        if isinstance(self.reference, Statistics) and len(self.reference.mu) != len(self.tally.sum):
+            raise ValueError(
+                f"--reference {self.asked.reference} is of {len(self.reference.mu)} features, and "
+                f"{self.extractor.name} makes {len(self.tally.sum)}: another extractor made it"
+            )
         self.recipe["extractor"] = {"name": self.extractor.name, "sha256": self.extractor.digest}
         if self.tally.classes:
             return {}
@@ -173,7 +188,7 @@ class Protocol:
 
     def _prepare_nll(self) -> None:
         stride, T = self.asked.stride, self.ddpm.diffusion.timesteps
-        if stride >= T:
+        if stride >= T - 1 > 0:
             raise ValueError(f"--stride {stride} leaves none of T = {T} but the first")
         there = len(self.data[self.split])
         if (self.asked.nll_images or 0) > there:

@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -95,11 +96,10 @@ def build_logger(kind: str, run: Path, step: int) -> Logger:
     if kind == "csv":  # a file for each start: it would overwrite one that is there
         return CSVLogger(run, name="csv", version=f"from-step-{step}")
     if kind == "wandb":
-        try:
-            name = run.resolve().name
-            return WandbLogger(name=name, id=f"{name}-{run_id(run)}", save_dir=run, resume="allow")
-        except ModuleNotFoundError:
-            raise ValueError("training.logger: wandb needs `pip install wandb`") from None
+        if not find_spec("wandb"):
+            raise ValueError("training.logger: wandb needs `pip install wandb`")
+        name = run.resolve().name
+        return WandbLogger(name=name, id=f"{name}-{run_id(run)}", save_dir=run, resume="allow")
     logger = TensorBoardLogger(
         run.parent,
         name=run.name,

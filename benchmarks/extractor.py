@@ -13,12 +13,14 @@ import sys
 import warnings
 from pathlib import Path
 
+sys.path.pop(0)  # this folder: its train, sample and profile are not those meant
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from config import load_config
 from dataset import load_pictures
 

@@ -20,7 +20,7 @@ ALLOWED = {
     "dataset": {"terminal", "check", "config", "named_sets", "sources"},
     "checkpoint": set(),
     "hardware": set(),
-    "callbacks": {"config", "diffusion_utils"},
+    "callbacks": {"checkpoint", "config", "diffusion_utils"},
     "dialects": {"config", "diffusion_utils", "model"},
     "weights": {"checkpoint", "config", "dialects"},
     "data": {"config", "dataset"},
