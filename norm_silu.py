@@ -35,11 +35,11 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if (
             x.device.type == "cpu"
-            and len(x)
             and x.dtype in NAMES
             and x.is_contiguous(memory_format=torch.channels_last)
             and not torch.compiler.is_compiling()
             and not torch.compiler.is_exporting()
+            and len(x)
             and kernel()
         ):
             return _Kernel.apply(x, self.weight, self.bias, self.num_groups, self.eps, self.silu)

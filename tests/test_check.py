@@ -203,6 +203,17 @@ def test_advice(overrides, headers, changes, says):
         assert len([line for line in advice if says in line]) == 1, advice
 
 
+def test_only_a_contact_sheet_is_replaced(tmp_path):
+    mine = tmp_path / "mine.png"
+    line = ["configs/digits.yml", "--contact-sheet", str(mine)]
+    Image.new("L", (9, 9)).save(mine)
+    assert "is another picture" in run(line, code=2)
+    assert Image.open(mine).size == (9, 9)
+    mine.unlink()
+    for _ in range(2):
+        run(line)
+
+
 def test_a_contact_sheet_shows_what_is_trained_on():
     pixels = np.zeros((3, 1, 8, 8), np.uint8)
     pixels[1] = 200

@@ -122,6 +122,24 @@ def test_a_going_back_sets_the_later_aside(tmp_path):
         "step-00000004.ckpt.aside",
         "step-00000006.ckpt.aside",
     ]
+    first = folder / "step-00000002.ckpt"
+    options = "training.save_every=1", "training.keep_checkpoints=9"
+    train(tmp_path, *options, resume=first)
+    train(tmp_path, *options, "training.max_steps=3", resume=first)
+    names = [p.name for p in folder.glob("step-00000006.ckpt.aside*")]
+    assert sorted(names) == ["step-00000006.ckpt.aside", "step-00000006.ckpt.aside2"]
+
+
+def test_a_copy_of_a_persons_own_stays(tmp_path):
+    train(tmp_path, "training.save_every=2", "training.max_steps=2")
+    folder = tmp_path / "checkpoints"
+    own = folder / "step-00000002-best.ckpt"
+    own.write_bytes((folder / "step-00000002.ckpt").read_bytes())
+    options = "training.save_every=1", "training.keep_checkpoints=1"
+    train(tmp_path, *options, resume=folder / "step-00000002.ckpt")
+    assert sorted(p.name for p in folder.glob("*.ckpt")) == [
+        "last.ckpt", "step-00000002-best.ckpt", "step-00000006.ckpt",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"hello" * 100])

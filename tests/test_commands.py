@@ -196,7 +196,45 @@ def test_on_a_terminal_there_is_a_bar_and_the_cursor_comes_back(place):
     assert b"to go on:" in seen[seen.rindex(b"\x1b[?25h") :]
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_nothing_of_a_persons_own_is_written_over(place, monkeypatch):
+    folder = place / "own"
+    folder.mkdir()
+    for name in ("000001.jpg", "grid.png", "chain.gif", "000000.png"):
+        (folder / name).write_bytes(b"mine")
+        line = "sample.py lightning_logs/smoke --num-images 2 --format jpg --gif --output-dir own"
+        assert f"own/{name}" in invoke(line, place, monkeypatch, code=2)
+        assert (folder / name).read_bytes() == b"mine"
+        (folder / name).unlink()
+    invoke(line, place, monkeypatch, code=0)
+    invoke(line, place, monkeypatch, code=0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX pipes and signals")
+def test_a_reader_that_leaves_and_letters_that_a_terminal_lacks(place):
+    """`| head -1` with an ASCII terminal: training goes on, brackets and accents are names."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    line = "train.py configs/smoke.yml --run-name café training.results_folder=logs[bold]"
+    process = start(line, place, env=environment)
+    assert process.stdout.readline() == "run folder: logs[bold]/caf\\xe9\n"
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert (place / "logs[bold]/café/checkpoints/step-00000006.ckpt").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_ctrl_c_while_packages_are_imported(place):
+    process = start("dataset.py configs/smoke.yml", place)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (getattr(signal, "SIGHUP", 15), 129)],
+)
 def test_signals_save_and_name_what_goes_on(place, signum, code):
     name = f"stopped-{code}"
     command = f"python train.py configs/smoke.yml training.max_steps=100000 --run-name {name}"

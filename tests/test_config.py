@@ -91,6 +91,11 @@ def test_overrides_win():
         ("training.=1", "section.key=value"),
         ("a.b.c=1", "section.key=value"),
         ("training.batch_size=[", "not a YAML value"),
+        ("training.batch_size=!!bool foo", "not a YAML value"),
+        ("training.batch_size=!!map [1]", "not a YAML value"),
+        ("training.batch_size=" + "[" * 5000, "not a YAML value"),
+        ("training.batch_size=1000000007", "training.batch_size: 1000000007"),
+        ("dataset.name=" + "x" * 5000, "xxx...xxx"),
         ("dataset.image_size=9", "cannot be halved 1 times"),
         ("dataset.name=cifar", "dataset.name: 'cifar'"),
         ("model.attention_resolutions=[16]", "[8, 4]"),
@@ -166,3 +171,20 @@ def test_config_is_plain_and_frozen():
     assert Config.model_validate_json(config.model_dump_json()) == config
     with pytest.raises(ValueError, match="frozen"):
         config.training.seed = 3
+
+
+def test_folders_are_taken_as_they_stand():
+    for text in ("my #1 pictures", "2024-02-03", "123", "a: b", "yes"):
+        assert load_config(DIGITS, [f"dataset.root={text}"]).dataset.root == text
+    assert load_config(DIGITS, ['dataset.root=" a #b"']).dataset.root == " a #b"
+    home = load_config(DIGITS, ["training.results_folder=~/runs"]).training.results_folder
+    assert home == str(Path.home() / "runs")
+
+
+def test_merge_keys(tmp_path):
+    text = Path(DIGITS).read_text().replace("training:", "training: &t\n  seed: 4", 1)
+    (tmp_path / "a.yml").write_text(text)
+    assert load_config(tmp_path / "a.yml").training.seed == 4
+    merged = "\nsampling:\n  <<: {eta: 0.5}\n  sampler: ddim\n"
+    (tmp_path / "b.yml").write_text(Path(DIGITS).read_text().partition("\nsampling:")[0] + merged)
+    assert load_config(tmp_path / "b.yml").sampling.eta == 0.5

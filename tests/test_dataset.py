@@ -205,6 +205,24 @@ def test_cache_follows_the_files(tmp_path):
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
+def test_a_damaged_cache_is_made_again(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    noise_image(0).save(root / "a.png")
+    before = load(tmp_path)["train"][[0]]
+    (array,), (skipped,) = ((tmp_path / "cache").glob(f"*.{end}") for end in ("npy", "json"))
+    damages = [
+        array.unlink,
+        lambda: array.write_bytes(array.read_bytes()[:-1]),
+        lambda: array.write_bytes(b""),
+        lambda: skipped.write_text(""),
+        lambda: skipped.write_text("[]"),
+    ]
+    for damage in damages:
+        damage()
+        assert torch.equal(load(tmp_path)["train"][[0]], before)
+
+
 def test_decoded_pictures_are_found_again_by_any_version(tmp_path):
     """The name of the cache's file is a promise; so are fingerprints: checkpoints hold them."""
     root = tmp_path / "root"

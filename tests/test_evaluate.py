@@ -201,6 +201,7 @@ def test_likelihood_of_a_split(run):
     parts = values(facts)
     assert parts["rate"] + parts["distortion"] == pytest.approx(parts["NLL"])
     assert facts["recipe"]["nll"]["split"] == "validation"
+    assert not {"pictures", "seeds", "sampler"} & facts["recipe"].keys()  # nothing was sampled
     line = "run --metrics nll --split train --nll-images 3 --stride 3"
     assert list(values(run(line)[1])) == [
         "nll-estimate (stride 3)", "rate-estimate (stride 3)", "distortion", "prior"
@@ -249,13 +250,22 @@ def test_references(place, run):
         ("run --nll-images 181 --metrics nll", "validation has 180"),
         ("run --device tpu", "--device tpu"),
         ("run --devices 0", "--devices"),
+        ("run --num-images 3 --metrics pr", "3 pictures are too few for it, 4 are needed"),
+        ("low --metrics fid --reference single", "1 pictures are too few for it, 2 are needed"),
+        ("low --reference narrow.npz", "another extractor made it"),
+        ("low --reference odd.npz", "holds no statistics"),
+        ("low --metrics is --output foreign", "metrics.json is not of this command"),
     ],
 )
 def test_mistakes_end_in_one_message(place, run, line, says):
-    for name, widths in (("big", {"a": 9}), ("mixed", {"a": 8, "b": 9})):
+    for name, widths in (("big", {"a": 9}), ("single", {"a": 8}), ("mixed", {"a": 8, "b": 9})):
         (place / name).mkdir(exist_ok=True)
         for file, width in widths.items():
             Image.new("L", (width, 8)).save(place / name / f"{file}.png")
+    np.savez(place / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(place / "odd.npz", mu=np.full(3, np.nan), sigma=np.eye(3), count=[1, 2])
+    (place / "foreign").mkdir(exist_ok=True)
+    (place / "foreign" / "metrics.json").write_text('{"recipe": "flour"}')
     extractor = "" if "--extractor" in line else "--extractor net.pt"
     code = 1 if line == "mixed" else 2  # found while it is read
     output, _ = run(f"{line} {extractor}", code)

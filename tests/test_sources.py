@@ -385,3 +385,17 @@ def test_without_a_network_there_is_one_message(name, says, tmp_path, monkeypatc
     with pytest.raises(FileNotFoundError, match=says) as caught:
         load(tmp_path, name)
     assert "\n" not in str(caught.value)
+
+
+# ---- what is no picture's place
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
+def test_links_that_go_round_pipes_and_devices(tmp_path):
+    for i in range(2):
+        noise_image(i).save(tmp_path / f"{i}.png")
+    (tmp_path / "round").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    assert open_files(tmp_path).names == ["0.png", "1.png"]
+    with pytest.raises(ValueError, match="neither a folder nor a file"):
+        open_files(Path("/dev/zero"))

@@ -69,6 +69,17 @@ def test_threads_share_the_groups_of_one_picture():
 
 
 @needs_kernel
+def test_an_empty_batch_and_a_second_derivative():
+    norm, x = norm_and_input(dtype=torch.float32, silu=True)
+    norm = norm.float()
+    assert norm(x[:0]).shape == (0, *x.shape[1:])
+    loss = norm(x.requires_grad_()).square().sum()
+    slopes = torch.autograd.grad(loss, [x, norm.weight], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(slope.square().sum() for slope in slopes).backward()
+
+
+@needs_kernel
 def test_the_kernel_passes_on_what_is_not_finite():
     norm, x = norm_and_input(dtype=torch.float32, silu=True)
     x[0, 0, 0, 0] = torch.nan
@@ -122,6 +133,15 @@ def test_dropout(p):
     for lag in (1, 2, 3, 4):
         assert abs((flat[lag:] * flat[:-lag]).mean()) < 5 * p * (1 - p) / count**0.5
     assert torch.equal(dropout.eval()(x), x)
+
+
+def test_dropout_keeps_the_mean_in_bfloat16_and_drops_nearly_all():
+    x = torch.ones(4, 64, 32, 32, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    kept = Dropout(0.1).train()(x).double()
+    share = (kept > 0).double().mean().item()
+    assert kept.mean().item() == pytest.approx(share / 0.9, rel=2e-3)
+    assert Dropout(0.999995).train()(x.float()).count_nonzero() < 50
 
 
 def test_one_t_for_all_is_t_of_each():
