@@ -6,7 +6,6 @@ checkpoint. Each section mirrors one constructor (`model` is `UNet`, `diffusion`
 `image_size` and `channels`, are written once, under `dataset`.
 """
 
-import difflib
 import json
 import os
 import re
@@ -24,6 +23,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from terminal import did_you_mean
 
 
 class Section(BaseModel):
@@ -282,7 +283,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         ValueError: one line a fault: where, value, rule and mend. OSError where it can't be read.
     """
     path = Path(path)
-    if not path.is_file():
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file; a config is a YAML file")
+    if not path.exists():
         there = sorted(str(p) for p in Path("configs").glob("*.yml"))
         raise FileNotFoundError(f"no config at {path}{did_you_mean(str(path), there)}")
     try:
@@ -352,14 +355,6 @@ def keys_like(incomplete: str) -> list[str]:
     sections = Config.model_fields.items()
     keys = [f"{name}.{key}=" for name, field in sections for key in field.annotation.model_fields]
     return [key for key in keys if key.startswith(incomplete)]
-
-
-def did_you_mean(word: str, known) -> str:
-    """'; did you mean X?' where something near is known, else the list."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; there are: {', '.join(known)}" if known else ""
 
 
 def to_yaml(config: Config) -> str:

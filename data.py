@@ -2,6 +2,8 @@
 
 import signal
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytorch_lightning as pl
 import torch
@@ -71,3 +73,30 @@ def leave_signals_to_the_parent(_: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):  # Windows lacks some
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+# ---- a look at what is there already
+
+
+class NotDecoded(Exception):
+    """The pictures are not in the cache yet."""
+
+
+def refuse_to_decode(*_, **__):
+    raise NotDecoded("they are not decoded yet")
+
+
+def open_data(config: Config, ranks: int) -> tuple[Data, str]:
+    """The run's data; or random pictures of its shape, and why: nothing is fetched or decoded."""
+    data, keys, reason = Data(config), config.dataset, ""
+    data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=ranks)
+    try:
+        if keys.name != "digits" and not Path(keys.root).exists():
+            raise FileNotFoundError(f"{keys.root} (dataset.root) does not exist")
+        data.pictures = data._load(progress=refuse_to_decode)
+    except (FileNotFoundError, NotDecoded) as error:
+        reason = str(error).partition(";")[0]
+        shape = (config.training.batch_size, keys.channels, keys.image_size, keys.image_size)
+        random = torch.randint(0, 256, shape, dtype=torch.uint8).numpy()
+        data.pictures = {"train": Pictures(random), "validation": Pictures(random[:0])}
+    return data, reason

@@ -5,7 +5,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -16,8 +15,7 @@ from rich.text import Text
 from callbacks import preview_steps, preview_weights
 from checkpoint import write_checkpoint
 from config import Config, TrainingConfig
-from data import Data
-from dataset import Pictures
+from data import open_data
 from diffusion_utils import from_uint8
 from hardware import (
     activation_bytes,
@@ -110,14 +108,6 @@ def price(hours: float, dollars_per_hour: float | None, quote: Quote | None) -> 
 
 
 # ---- the run, in small
-
-
-class NotDecoded(Exception):
-    """The pictures are not in the cache yet."""
-
-
-def refuse_to_decode(*_, **__):
-    raise NotDecoded("they are not decoded yet")
 
 
 class Rehearsal:
@@ -216,22 +206,6 @@ class Rehearsal:
             path = Path(folder, "step.ckpt")
             seconds = timed(lambda: write_checkpoint(contents, path), self.device)
             return seconds, path.stat().st_size
-
-
-def open_data(config: Config, ranks: int) -> tuple[Data, str]:
-    """The run's data; or random pictures of its shape, and why: nothing is fetched or decoded."""
-    data, keys, reason = Data(config), config.dataset, ""
-    data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=ranks)
-    try:
-        if keys.name != "digits" and not Path(keys.root).exists():
-            raise FileNotFoundError(f"{keys.root} (dataset.root) does not exist")
-        data.pictures = data._load(progress=refuse_to_decode)
-    except (FileNotFoundError, NotDecoded) as error:
-        reason = str(error).partition(";")[0]
-        shape = (config.training.batch_size, keys.channels, keys.image_size, keys.image_size)
-        random = torch.randint(0, 256, shape, dtype=torch.uint8).numpy()
-        data.pictures = {"train": Pictures(random), "validation": Pictures(random[:0])}
-    return data, reason
 
 
 def rehearse(config: Config, console: Console, *, dollars_per_hour: float | None = None) -> None:

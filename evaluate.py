@@ -375,7 +375,7 @@ class Job:
         if any(name.startswith(("FID-", "IS-")) for name in scores):
             count = f"{self.protocol.count:,}"
             self.console.print(
-                f"FID is biased by the number of pictures, upwards when they are few: a number of "
+                f"FID is biased upwards when pictures are few, and IS downwards: a number of "
                 f"{count} compares with those of {count}, and not with the literature's 50,000"
             )
         for line in self.protocol.departures():

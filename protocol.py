@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from config import Config, did_you_mean, load_config
+from config import Config, load_config
 from data import Data
 from dataset import Files, Pictures, sides
 from metrics import Statistics, load_extractor, load_statistics
 from sample import prepare
-from terminal import is_main_process
+from terminal import did_you_mean, is_main_process
 
 METRICS = {"fid": "FID", "is": "IS", "kid": "KID", "pr": "precision, recall", "nll": "NLL"}
 FEATURES = {"fid", "is", "kid", "pr"}

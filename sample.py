@@ -16,8 +16,7 @@ from typing import Annotated, Literal
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from config import did_you_mean
-from terminal import fail, plain_console
+from terminal import did_you_mean, fail, plain_console
 
 HELP = """
 Make pictures with a trained model.

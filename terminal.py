@@ -3,6 +3,7 @@
 It needs no package, so that it can speak of those that are missing.
 """
 
+import difflib
 import errno
 import logging
 import os
@@ -42,6 +43,14 @@ def describe(error: BaseException) -> str:
         where = f" ({error.filename})" if error.filename else ""
         return f"no space left on the disk{where}: free some, and give the command again"
     return text if isinstance(error, EXPECTED) else f"{type(error).__name__}: {text}"
+
+
+def did_you_mean(word: str, known) -> str:
+    """'; did you mean X?' where something near is known, else the list."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; there are: {', '.join(known)}" if known else ""
 
 
 def guard() -> None:

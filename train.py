@@ -171,9 +171,12 @@ def curves(config: Config, run: Path) -> str:
 def list_configs(console: Console) -> None:
     """One line for each."""
     console.print("python train.py CONFIG; there are:\n")
-    for path in sorted(Path("configs").glob("*.yml")):
-        console.print(f"  {path.as_posix():<28}{first_comment(path)}")
-    console.print("\nto begin with: python train.py configs/digits.yml; more: --help")
+    here = Path("configs") if Path("configs").is_dir() else Path(__file__).with_name("configs")
+    paths = sorted(here.glob("*.yml"))
+    width = max(len(str(path)) for path in paths)
+    for path in paths:
+        console.print(f"  {path!s:<{width}}  {first_comment(path)}")
+    console.print(f"\nto begin with: python train.py {here / 'digits.yml'}; more: --help")
 
 
 def first_comment(path: Path) -> str:
