@@ -387,9 +387,6 @@ def test_without_a_network_there_is_one_message(name, says, tmp_path, monkeypatc
     assert "\n" not in str(caught.value)
 
 
-# ---- what is no picture's place
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
 def test_links_that_go_round_pipes_and_devices(tmp_path):
     for i in range(2):
