@@ -240,7 +240,7 @@ class Config(Section):
 
 
 def divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)  # n is a batch
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
 class _Loader(yaml.SafeLoader):

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -48,7 +49,8 @@ def peak_memory(device: torch.device) -> float:
     with suppress(ImportError):  # Windows
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
     return math.nan
 
 
@@ -104,7 +106,7 @@ def activation_bytes(net: nn.Module, x: Tensor, t: Tensor) -> int:
 
 def duration(seconds: float) -> str:
     """'15.1 ms', '3.2 s', '4 min 10 s', '3 h 24 min', '36 d 4 h'."""
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.3g} ms"
     if seconds < 60:
         return f"{seconds:.3g} s"

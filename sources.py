@@ -93,6 +93,7 @@ def files_under(root: Path) -> Iterator[Path]:
             below.clear()  # `os.walk` looks here for where to go on
             continue
         seen.add((here.st_dev, here.st_ino))
+        below.sort()  # so that a folder has the same name on every machine
         yield from (Path(folder, file) for file in files)
 
 

@@ -85,9 +85,9 @@ def test_what_it_costs():
 
 
 def test_numbers_are_readable():
-    times = [0.0151, 3.2, 59.96, 250, 3599.7, 12_240, 3_124_800]
+    times = [0.0151, 0.9996, 3.2, 59.96, 250, 3599.7, 12_240, 3_124_800]
     assert [duration(t) for t in times] == [
-        "15.1 ms", "3.2 s", "60 s", "4 min 10 s", "60 min 0 s", "3 h 24 min", "36 d 4 h",
+        "15.1 ms", "1 s", "3.2 s", "60 s", "4 min 10 s", "60 min 0 s", "3 h 24 min", "36 d 4 h",
     ]  # fmt: skip
     assert [si(v, "B") for v in (12.444e9, 3.822e18, 7.9e14, 5)] == [
         "12.44 GB", "3.822 EB", "790 TB", "5 B",

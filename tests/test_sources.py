@@ -389,10 +389,13 @@ def test_without_a_network_there_is_one_message(name, says, tmp_path, monkeypatc
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
 def test_links_that_go_round_pipes_and_devices(tmp_path):
-    for i in range(2):
-        noise_image(i).save(tmp_path / f"{i}.png")
+    [noise_image(i).save(tmp_path / f"{i}.png") for i in range(2)]
     (tmp_path / "round").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe.png")
     assert open_files(tmp_path).names == ["0.png", "1.png"]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "c")  # of two names a folder has the first
+    noise_image(2).save(tmp_path / "c" / "2.png")
+    assert open_files(tmp_path).names == ["0.png", "1.png", "a/2.png"]
     with pytest.raises(ValueError, match="neither a folder nor a file"):
         open_files(Path("/dev/zero"))
