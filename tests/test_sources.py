@@ -389,7 +389,8 @@ def test_without_a_network_there_is_one_message(name, says, tmp_path, monkeypatc
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
 def test_links_that_go_round_pipes_and_devices(tmp_path):
-    [noise_image(i).save(tmp_path / f"{i}.png") for i in range(2)]
+    for i in range(2):
+        noise_image(i).save(tmp_path / f"{i}.png")
     (tmp_path / "round").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe.png")
     assert open_files(tmp_path).names == ["0.png", "1.png"]
