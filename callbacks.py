@@ -320,7 +320,8 @@ class Previews(pl.Callback):
         module.eval()
         for weights in preview_weights(self.config, step):
             module.weights = weights
-            grid = picture_grid(module.sample(steps, list(range(self.config.preview_images))))
+            seeds, net = list(range(self.config.preview_images)), module.sampling_net()
+            grid = picture_grid(module.sample(steps, seeds, net=net))
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image(f"samples/{weights}", grid, step)

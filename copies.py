@@ -61,11 +61,12 @@ def write_npz(folder: Path, seeds: list[int], pictures: Tensor) -> Path:
 
 
 @torch.inference_mode()
-def write_gif(ddpm, steps, seeds: list[int], image_size: int, path: Path) -> Path:
+def write_gif(ddpm, steps, seeds: list[int], recipe: dict, path: Path) -> Path:
     """The reverse process of up to 36 pictures in a grid: x_t from noise to data, then a rest."""
     shown = set(np.linspace(0, len(steps) - 1, min(FRAMES, len(steps))).round().astype(int))
-    frames = []
-    for i, (_, x, _) in enumerate(ddpm.chain(steps, seeds[:36], image_size=image_size)):
+    frames, net = [], ddpm.sampling_net(bf16=recipe["precision"] == "bfloat16")
+    chain = ddpm.chain(steps, seeds[:36], image_size=recipe["image_size"], net=net)
+    for i, (_, x, _) in enumerate(chain):
         if i in shown:
             frames.append(as_image(picture_grid(to_uint8(x))))
     durations = [80] * (len(frames) - 1) + [2000]  # milliseconds

@@ -171,7 +171,8 @@ class Rehearsal:
         calls = min(len(steps), math.ceil(share * len(steps)))
         some = min(images, max(1, round(share * images * len(steps) / calls)))
         self.ddpm.eval()
-        run = lambda: self.ddpm.sample(steps[:calls], list(range(some))).cpu()
+        net = self.ddpm.sampling_net()
+        run = lambda: self.ddpm.sample(steps[:calls], list(range(some)), net=net).cpu()
         whole = calls == len(steps) and some == images
         if whole:
             run()  # to warm up

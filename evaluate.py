@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sample import Eta, Sampler, Spacing, Timesteps, Variance, Weights
+from sample import Eta, Precision, Sampler, Spacing, Timesteps, Variance, Weights
 from terminal import fail, is_main_process, plain_console, quiet_libraries
 
 HELP = """
@@ -101,6 +101,7 @@ def evaluate(
         int, typer.Option(min=0, max=2**62, help="Of the first picture; then + 1 each.")
     ] = 0,
     weights: Weights = "ema",
+    precision: Precision = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time, a device.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     devices: Annotated[
@@ -116,7 +117,8 @@ def evaluate(
         from protocol import Protocol
         from sample import usable_device
 
-        trainer = build_predictor(usable_device(device), devices)
+        asked.device = usable_device(device)
+        trainer = build_predictor(asked.device, devices)
         job = Job(Protocol(asked, console.print), console)
         if save_images:
             goes_on = f"what is finished is in {job.images}, the same command goes on"
@@ -195,7 +197,7 @@ class Job:
             text = f"{recipe['source']} ({step}{recipe['weights']} weights)"
             if protocol.tally:
                 text += f": {protocol.count:,} pictures by {recipe['sampler']}, "
-                text += f"{recipe['timesteps']} steps"
+                text += f"{recipe['timesteps']} steps, in {recipe['precision']}"
             say(text)
         else:
             say(f"{recipe['source']}: {protocol.count:,} pictures")
@@ -228,7 +230,8 @@ class Job:
                 )
         if protocol.ddpm:
             batches = -(-len(self.missing) // (ranks.count * batch_size))
-            self.net = protocol.ddpm.sampling_net(batches * len(protocol.steps))
+            bf16 = protocol.of_picture["precision"] == "bfloat16"
+            self.net = protocol.ddpm.sampling_net(batches * len(protocol.steps), bf16=bf16)
             self._forecast(ranks)
         if protocol.tally:
             # what has to be made first, then what is there
@@ -342,7 +345,6 @@ class Job:
             "not as in the paper": protocol.departures(),
             "versions": {name: version(name) for name in VERSIONS if find_spec(name)},
             "devices": devices,
-            "precision": "bfloat16" if protocol.ddpm and protocol.ddpm.bf16 else "float32",
             "seconds": self.seconds,
         }
         if self.statistics:

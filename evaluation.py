@@ -266,11 +266,12 @@ class Evaluation(pl.Callback):
         tally = self.extractor.new_tally(count, shape, keep=count)
         checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
         module.eval()
+        net = module.sampling_net()
         for rows in self.ranks.share(list(range(count)), BATCH):
             if checkpoints.signalled():
                 break
             if rows:
-                tally.add(rows, *self.extractor(module.sample(steps, rows)))
+                tally.add(rows, *self.extractor(module.sample(steps, rows, net=net)))
         else:
             self.ranks.add_up(*tally.tensors())
             if self.ranks.is_first:

@@ -90,8 +90,7 @@ def _terms(ddpm: DDPM, x_0: Tensor, batch: list[tuple[int, Tensor]]) -> Tensor:
     x_0 = x_0.to(exact).double()
     x_t = [ddpm.diffusion.q_sample(x_0, t, eps.to(exact).double()) for t, eps in batch]
     t = torch.tensor([t for t, _ in batch], device=ddpm.device).repeat_interleave(len(x_0))
-    # float32, wherever sampling may be bfloat16
-    eps_hat = ddpm.net(torch.cat(x_t).float().to(ddpm.device), t).to(exact).double()
+    eps_hat = ddpm(torch.cat(x_t).float().to(ddpm.device), t).to(exact).double()
 
     terms = []
     for (t, _), x, eps in zip(batch, x_t, eps_hat.split(len(x_0)), strict=True):

@@ -7,9 +7,10 @@ config: stopping, resuming, validating and looking at samples leave no trace in 
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from functools import cache, cached_property
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -79,25 +80,24 @@ class DDPM(pl.LightningModule):
         return self
 
     def forward(self, x: Tensor, t: Tensor | int) -> Tensor:
-        """eps_hat [B, C, H, W] of the chosen weights; x: [B, C, H, W], t: [B] or one, 0-based."""
+        """Predict eps_hat [B, C, H, W] with the chosen weights, in float32 on every machine.
+
+        Args:
+            x: x_t, [B, C, H, W]. t: [B] or one for all, 0-based.
+        """
         t = torch.full((1,), t, device=x.device) if isinstance(t, int) else t
-        return self.run(self.net, x, t)
+        with exact_float32():
+            return self.net(x, t)
 
     @property
     def net(self) -> UNet:
         """The chosen weights."""
         return self.ema if self.weights == "ema" else self.unet
 
-    def run(self, net: UNet, x: Tensor, t: Tensor) -> Tensor:
-        """`net(x, t)` at the configured precision."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return net(x, t)
-
     @property
     def bf16(self) -> bool:
-        """Whether the network multiplies in bfloat16; auto: where the hardware does."""
-        precision = self.config.training.precision
-        return precision == "bf16-mixed" or (precision == "auto" and has_bf16(self.device))
+        """Whether training steps and drawn images use bfloat16; auto: where the hardware does."""
+        return uses_bf16(self.config, self.device)
 
     def on_fit_start(self) -> None:
         """Compile, and find micro-batches that fit, before the first step."""
@@ -232,7 +232,10 @@ class DDPM(pl.LightningModule):
         skip = (~fine).float()
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        optimizer.found_inf = skip  # 1: weights and moments stay, with no host sync
+        if skips_on_device(self.device):
+            optimizer.found_inf = skip  # 1: weights and moments stay, with no host sync
+        elif skip:
+            optimizer.zero_grad()  # Adam passes over what has no gradient
         (update or optimizer.step)()
         optimizer.zero_grad()
         get_ema_multi_avg_fn(config.ema_decay)(self._averages, weights, None)
@@ -243,7 +246,8 @@ class DDPM(pl.LightningModule):
         self.tally += torch.stack([loss, norm, 1 - skip, skip])
 
     def _train_net(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.run(self.unet, x, t)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.unet(x, t)
 
     # ---- validation: the same t and noise every time, on the average
 
@@ -271,15 +275,15 @@ class DDPM(pl.LightningModule):
 
     # ---- sampling
 
-    def sampling_net(self, calls: int = 0) -> UNet:
-        """The network that samples: a copy in bfloat16 where the hardware multiplies it, compiled
-        on CUDA for that many `calls` if they repay the minute."""
-        net = self.net
+    def sampling_net(self, calls: int = 0, *, bf16: bool | None = None) -> UNet:
+        """Return the network that draws images: a copy in bfloat16 where `bf16` asks for it (None:
+        as in training), compiled on CUDA for that many `calls` if they repay the minute."""
+        net, bf16 = self.net, self.bf16 if bf16 is None else bf16
         compiles = self.device.type == "cuda" and calls >= 5000 and self.config.training.compile
-        if self.bf16 or compiles:
+        if bf16 or compiles:
             net = copy.deepcopy(net).eval()
             net._compiled_call_impl = None  # of training
-        if self.bf16:
+        if bf16:
             net = net.to(torch.bfloat16)
             net.temb = self.net.temb  # in float32: `chain` runs it once for all steps
         if compiles:
@@ -300,16 +304,21 @@ class DDPM(pl.LightningModule):
         A picture belongs to its seed: neighbours in the batch, and how many, do not touch it.
 
         Args:
-            net: what `sampling_net` gave, for several batches.
+            net: what `sampling_net` gave; None is the chosen weights in float32.
         """
-        net = net or self.sampling_net()
+        net = net or self.net
         size = image_size or self.config.dataset.image_size
         noise = SeedNoise(seeds, (self.config.dataset.channels, size, size), self.device)
         with torch.no_grad():
             times = [step.t for step in steps]
             rows = net.embed(torch.tensor(times, device=self.device))
         temb = dict(zip(times, rows.split(1), strict=True))
-        return reverse(self.diffusion, lambda x, t: net(x, temb[t]).float(), noise(), steps, noise)
+
+        def eps_model(x: Tensor, t: int) -> Tensor:
+            with exact_float32():
+                return net(x, temb[t]).float()
+
+        return reverse(self.diffusion, eps_model, noise(), steps, noise)
 
     @torch.inference_mode()
     def sample(self, steps: list[Step], seeds: list[int], **options) -> Tensor:
@@ -361,8 +370,34 @@ class SeedNoise:
         return self.queue.pop()
 
 
-@cache
+def skips_on_device(device: torch.device) -> bool:
+    """Whether fused Adam obeys `found_inf` there; on MPS it takes it and drops it."""
+    return device.type in ("cpu", "cuda")
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Keep TF32, whose mantissa has 10 bits, out of what is float32 on CUDA."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)  # of training
+
+
+def uses_bf16(config: Config, device: torch.device) -> bool:
+    """Whether training steps and drawn images use bfloat16 on a device."""
+    precision = config.training.precision
+    return precision == "bf16-mixed" or (precision == "auto" and has_bf16(device))
+
+
 def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16; the environment's DDPM_BF16, 0 or 1, overrides."""
+    forced = os.environ.get("DDPM_BF16")
+    if forced in ("0", "1"):
+        return forced == "1"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

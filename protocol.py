@@ -15,6 +15,7 @@ from sample import prepare
 from terminal import did_you_mean, is_main_process
 
 METRICS = {"fid": "FID", "is": "IS", "kid": "KID", "pr": "precision, recall", "nll": "NLL"}
+SAMPLING = "sampler", "timesteps", "eta", "spacing", "variance"
 FEATURES = {"fid", "is", "kid", "pr"}
 # Ho et al. 2020, Tables 1 and 3: L_simple, T = 1000, 50,000 pictures against the training set
 PAPER = {
@@ -69,8 +70,7 @@ class Protocol:
     def _open_source(self) -> None:
         """Pictures that are there, or a model that makes them."""
         asked, source = self.asked, self.asked.source
-        keys = "sampler", "timesteps", "eta", "spacing", "variance"
-        given = {key: getattr(asked, key) for key in keys if getattr(asked, key) is not None}
+        given = {key: getattr(asked, key) for key in SAMPLING if getattr(asked, key) is not None}
         self.config = self.ddpm = self.pictures = None
         self.recipe = {"source": str(source)}
         if source.suffix in (".yml", ".yaml"):
@@ -81,7 +81,7 @@ class Protocol:
             self.pictures = Files(source)
         else:
             self.ddpm, self.steps, self.of_picture = prepare(
-                source, "cpu", asked.weights, None, given
+                source, "cpu", asked.weights, None, given, asked.precision, asked.device
             )
             self.config = self.ddpm.config
             for note in self.ddpm.notes:
@@ -126,7 +126,8 @@ class Protocol:
         self.recipe["metrics"] = list(self.metrics)
         if not FEATURES & set(self.metrics):
             self.tally = None
-            for key in ("pictures", "seeds", "sampler", "timesteps", "eta", "spacing", "variance"):
+            sampled = "pictures", "seeds", "precision", *SAMPLING
+            for key in sampled:
                 self.recipe.pop(key, None)  # nothing is sampled
         if "nll" in self.metrics:
             self._prepare_nll()

@@ -57,6 +57,10 @@ Variance = Annotated[
 Weights = Annotated[
     Literal["ema", "raw"], typer.Option(help="The average, or the last training weights.")
 ]
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option(help="Of the network; auto: bfloat16 where the hardware multiplies it."),
+]
 
 
 def run_names(incomplete: str = "") -> list[str]:
@@ -101,6 +105,7 @@ def sample(
         str | None, typer.Option(help="Instead of both: which pictures, such as 0-63,100.")
     ] = None,
     weights: Weights = "ema",
+    precision: Precision = "auto",
     grid: Annotated[bool, typer.Option(help="Write grid.png of up to 400 of them, too.")] = True,
     upscale: Annotated[
         int | None, typer.Option(min=2, max=64, help="Enlarged copies to look at, so many times.")
@@ -122,7 +127,7 @@ def sample(
         given = {key: value for key, value in given.items() if value is not None}
         chosen = list(range(seed, seed + num_images)) if seeds is None else parse_seeds(seeds)
         source = which_model(checkpoint, run_name)
-        ddpm, steps, recipe = prepare(source, device, weights, image_size, given)
+        ddpm, steps, recipe = prepare(source, device, weights, image_size, given, precision)
         if format == "jpg" and ddpm.config.dataset.channels in (2, 4):
             raise ValueError("--format jpg knows no transparency, which these pictures have; png")
         if output_dir:
@@ -137,7 +142,7 @@ def sample(
         console.print(f"assumed: {note}")
     console.print(
         f"{recipe['checkpoint']} (step {recipe['step']:,}, {ddpm.weights} weights): "
-        f"{recipe['sampler']}, {len(steps)} steps, on {ddpm.device}"
+        f"{recipe['sampler']}, {len(steps)} steps, on {ddpm.device} in {recipe['precision']}"
     )
     try:
         write_pictures(ddpm, steps, missing, batch_size, output_dir, recipe, console)
@@ -199,14 +204,28 @@ def write_copies(ddpm, steps, seeds, recipe, folder, upscale, format, gif) -> li
             written.append(write(folder, seeds, pictures))
     if gif:
         path = folder / "chain.gif"
-        written.append(copies.write_gif(ddpm, steps, seeds, recipe["image_size"], path))
+        written.append(copies.write_gif(ddpm, steps, seeds, recipe, path))
     return written
 
 
-def prepare(checkpoint: Path, device: str, weights: str, image_size: int | None, given: dict):
-    """The model on its device, the step table, and the recipe that a picture carries."""
+def prepare(
+    checkpoint: Path,
+    device: str,
+    weights: str,
+    image_size: int | None,
+    given: dict,
+    precision: str = "float32",
+    draws_on: str | None = None,
+):
+    """The model on its device, the step table, and the recipe that a picture carries.
+
+    Args:
+        draws_on: the device that `precision` auto is about, where the model is moved later.
+    """
+    import torch
+
     from diffusion_utils import make_steps
-    from pl_utils import load_ddpm
+    from pl_utils import load_ddpm, uses_bf16
 
     device = usable_device(device)
     ddpm = load_ddpm(checkpoint, weights=weights)
@@ -227,21 +246,28 @@ def prepare(checkpoint: Path, device: str, weights: str, image_size: int | None,
     recipe = {"checkpoint": str(checkpoint), "weights": ddpm.weights}
     recipe["digest"] = digest_of(ddpm)
     recipe |= {"step": ddpm.trained_steps, "image_size": size, **settings, "timesteps": len(steps)}
-    return ddpm.to(device), steps, recipe
+    if precision == "auto":
+        bf16 = uses_bf16(ddpm.config, torch.device(draws_on or device))
+        precision = "bfloat16" if bf16 else "float32"
+    return ddpm.to(device), steps, recipe | {"precision": precision}
 
 
 def usable_device(device: str) -> str:
-    """What `auto` means here. ValueError where a device cannot be used."""
+    """Return the device that is meant; ValueError where it cannot be used here."""
     import torch
 
+    there = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
     if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here: {reason}") from None
+        return next(kind for kind, count in there.items() if count)
+    kind, colon, index = device.partition(":")
+    # nothing is put on a device: that would open a context on it, in each of several processes
+    if kind not in there or (colon and not index.isdigit()) or int(index or 0) >= there[kind]:
+        names = [k if n == 1 else f"{k}:0 ... {k}:{n - 1}" for k, n in there.items() if n]
+        raise ValueError(f"--device {device} cannot be used here; there are: {', '.join(names)}")
     return device
 
 
@@ -326,7 +352,8 @@ def write_pictures(ddpm, steps, seeds, batch_size, folder, recipe, console) -> N
         BarColumn(),
         TimeRemainingColumn(),
     )
-    net = ddpm.sampling_net(len(batches) * len(steps))
+    bf16 = recipe["precision"] == "bfloat16"
+    net = ddpm.sampling_net(len(batches) * len(steps), bf16=bf16)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(seeds))
         for batch in batches:

@@ -47,7 +47,7 @@ def gradient(ddpm: DDPM, batch: Tensor, precision: str) -> Tensor:
     """Of one training batch, as one vector."""
     at_precision(ddpm, precision)
     t, eps, _ = ddpm.draw(TRAIN, 0, len(batch))
-    net = lambda x, t: ddpm.run(ddpm.unet, x, t)
+    net = ddpm._train_net
     loss = ddpm.diffusion.loss(net, from_uint8(batch), t, eps).mean()
     gradients = torch.autograd.grad(loss, list(ddpm.unet.parameters()))
     return torch.cat([g.flatten() for g in gradients]).double()
@@ -99,8 +99,8 @@ def compare_pictures(device: torch.device, count: int) -> list[list[str]]:
         )
         pictures = []
         for precision in ("32-true", "bf16-mixed"):
-            at_precision(ddpm, precision)
-            pictures.append(ddpm.sample(steps, list(range(count))).short())
+            net = ddpm.sampling_net(bf16=precision == "bf16-mixed")
+            pictures.append(ddpm.sample(steps, list(range(count)), net=net).short())
         apart = (pictures[0] - pictures[1]).abs()
         rows.append(
             [

@@ -186,6 +186,7 @@ def test_a_pipeline_draws_our_picture(tmp_path, monkeypatch):
     pipeline.set_progress_bar_config(disable=True)
     theirs = np.asarray(pipeline(num_inference_steps=8).images[0])
     options = "--num-images 1 --seed 7 --timesteps 8 --spacing uniform --output-dir pictures"
+    options += " --precision float32"
     invoke(f"sample.py {tmp_path / 'out'} {options}", tmp_path, monkeypatch, 0)
     ours = np.asarray(Image.open(tmp_path / "pictures" / "000007.png"))
     assert ours.std() > 20

@@ -21,7 +21,7 @@ def model(eps_model, diffusion, variance="large"):
         device = torch.device("cpu")
         config = SimpleNamespace(sampling=SimpleNamespace(variance=variance))
 
-        def net(self, x, t):
+        def __call__(self, x, t):
             return eps_model(x.double(), diffusion.alpha_bar(t).view(-1, 1, 1, 1)).float()
 
     Model.diffusion = diffusion

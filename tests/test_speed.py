@@ -13,7 +13,7 @@ from config import load_config
 from diffusion_utils import make_steps
 from model import Dropout, UNet
 from norm_silu import GroupNorm
-from pl_utils import DDPM
+from pl_utils import DDPM, has_bf16, load_ddpm, uses_bf16
 
 needs_kernel = pytest.mark.skipif(norm_silu.kernel() is None, reason="no C++ compiler here")
 
@@ -187,14 +187,15 @@ def test_bfloat16_gradients_point_the_same_way():
 
 def test_bfloat16_samples_are_near():
     pictures = []
-    for precision in ("32-true", "bf16-mixed"):
-        ddpm = tiny_ddpm(f"training.precision={precision}").eval()
+    ddpm = tiny_ddpm().eval()
+    for bf16 in (False, True):
         steps = make_steps(
             ddpm.diffusion, sampler="dpm++", variance="large", eta=0.0, timesteps=10,
             spacing="trailing",
         )  # fmt: skip
         before = ddpm.ema.conv_in.weight.clone()
-        pictures.append(ddpm.sample(steps, [0, 1]).float())
+        net = ddpm.sampling_net(bf16=bf16)
+        pictures.append(ddpm.sample(steps, [0, 1], net=net).float())
         assert ddpm.ema.conv_in.weight.dtype == torch.float32
         assert torch.equal(ddpm.ema.conv_in.weight, before)
     assert 0 < (pictures[0] - pictures[1]).abs().mean() < 6
@@ -215,7 +216,7 @@ def test_micro_batches_shrink_until_they_fit(monkeypatch, capsys):
     def limited(x, t):
         if len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return ddpm.run(ddpm.unet, x, t)
+        return ddpm.unet(x, t)
 
     monkeypatch.setattr(ddpm, "_train_net", limited)
     ddpm.on_fit_start()
@@ -247,3 +248,16 @@ def test_where_nothing_can_be_compiled_training_goes_on(monkeypatch, capsys):
     )
     optimizer = ddpm.configure_optimizers()
     ddpm.update(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), optimizer, step=0)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_loaded_model_answers_in_float32_wherever_it_is(forced, monkeypatch):
+    """To the bit what it answers on a machine without bfloat16; images may differ, and say so."""
+    monkeypatch.setenv("DDPM_BF16", str(int(forced)))
+    assert has_bf16(torch.device("cpu")) == forced
+    ddpm = load_ddpm("pretrained/digits.safetensors")
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 10, 500, 999])
+    exact = load_ddpm("pretrained/digits.safetensors").net.double()
+    error = (ddpm(x, t) - exact(x.double(), t)).abs().max()
+    assert error < 1e-5
+    assert uses_bf16(ddpm.config, torch.device("cpu")) == forced
