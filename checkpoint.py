@@ -69,8 +69,10 @@ def read_plain(path: str | Path):
             raise ValueError(f"{path} is damaged or not a checkpoint") from None
         what = f"asks to run {asked[1]}" if asked else "holds more than plain data"
         raise ValueError(f"{path} {what} when loaded, which is refused") from None
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from None
+    except OSError:
+        raise
+    except Exception:  # a damaged file can raise anything, with advice about torch
+        raise ValueError(f"{path} is damaged or not a checkpoint") from None
     if damaged:
         raise ValueError(f"{path} is damaged: {damaged} does not match its checksum")
     return data

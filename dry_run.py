@@ -67,13 +67,16 @@ def one_picture(config: Config) -> tuple[UNet, torch.Tensor, torch.Tensor]:
     data = config.dataset
     with torch.device("meta"):
         net = UNet(image_size=data.image_size, channels=data.channels, **config.model.model_dump())
+        net.recompute = config.training.activation_checkpointing
         x = torch.empty(1, data.channels, data.image_size, data.image_size)
         return net, x, torch.zeros(1, dtype=torch.long)
 
 
 def flops_per_picture(config: Config) -> tuple[int, int]:
     """FLOPs of one picture: forward, and in training without what checkpointing repeats."""
-    return count_flops(*one_picture(config))
+    net, x, t = one_picture(config)
+    net.recompute = False
+    return count_flops(net, x, t)
 
 
 def project(training: TrainingConfig, once: Seconds) -> Seconds:

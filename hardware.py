@@ -7,12 +7,15 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from model import Attention, ResBlock
 
 
 def synchronize(device: torch.device) -> None:
@@ -90,7 +93,27 @@ def count_flops(net: nn.Module, x: Tensor, t: Tensor) -> tuple[int, int]:
 
 
 def activation_bytes(net: nn.Module, x: Tensor, t: Tensor) -> int:
-    """What `net(x, t)` keeps for its gradient beside weights, in float32; on the meta device."""
+    """Bytes that `net(x, t)` keeps for its gradient beside weights, in float32; on the meta device.
+
+    Where `net.recompute` is set, blocks keep their inputs alone, and the largest of them is
+    recomputed at a time.
+    """
+    blocks = [m for m in net.modules() if isinstance(m, ResBlock | Attention)]
+    inputs: dict[nn.Module, tuple] = {}
+    hooks = [b.register_forward_pre_hook(inputs.__setitem__) for b in blocks if net.recompute]
+    kept = _kept_bytes(net, net, x, t)
+    for hook in hooks:
+        hook.remove()
+    if not net.recompute:
+        return sum(kept.values())
+    for tensors in inputs.values():
+        kept |= {v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in tensors}
+    largest = max(sum(_kept_bytes(net, b, *tensors).values()) for b, tensors in inputs.items())
+    return sum(kept.values()) + largest
+
+
+def _kept_bytes(net: nn.Module, part: nn.Module, *inputs: Tensor) -> dict[int, int]:
+    """Bytes of each storage that autograd keeps when `part` runs, less the weights of `net`."""
     weights = {p.untyped_storage()._cdata for p in net.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -99,22 +122,20 @@ def activation_bytes(net: nn.Module, x: Tensor, t: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net(x, t)
-    storages = [v.untyped_storage() for key, v in kept.items() if key not in weights]
-    return sum(storage.nbytes() for storage in storages)
+        part(*inputs)
+    return {k: v.untyped_storage().nbytes() for k, v in kept.items() if k not in weights}
 
 
 def duration(seconds: float) -> str:
     """'15.1 ms', '3.2 s', '4 min 10 s', '3 h 24 min', '36 d 4 h'."""
     if seconds < 0.9995:
         return f"{seconds * 1000:.3g} ms"
-    if seconds < 60:
-        return f"{seconds:.3g} s"
     units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
-    i = next(i for i, (_, size) in enumerate(units) if seconds >= size)
-    (unit, size), (small_unit, small) = units[i], units[i + 1]
-    big, rest = divmod(round(seconds / small), size // small)
-    return f"{big:,} {unit} {rest} {small_unit}"
+    for (unit, size), (small_unit, small) in pairwise(units):
+        big, rest = divmod(round(seconds / small), size // small)
+        if big:
+            return f"{big:,} {unit} {rest} {small_unit}"
+    return f"{seconds:.3g} s"
 
 
 def si(value: float, unit: str) -> str:

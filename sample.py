@@ -305,6 +305,8 @@ def missing_seeds(folder: Path, seeds: list[int], recipe: dict) -> list[int]:
     Raises:
         OtherRecipe: a folder is one recipe's, and nothing is overwritten.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and images go into a folder; choose another")
     folder.mkdir(parents=True, exist_ok=True)
     missing = [seed for seed in seeds if not is_good(picture_file(folder, seed), recipe)]
     there, asked = (p for p in folder.glob("*.png") if p.stem.isdigit()), set(seeds)

@@ -18,6 +18,8 @@ from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 T = TypeVar("T")
+# large images are no attack where people train on them; too large ones are still refused
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Source(NamedTuple):

@@ -44,7 +44,7 @@ def read_source(source: str | Path, overrides: Iterable[str] = ()) -> Source:
             our network cannot represent.
     """
     path = Path(source)
-    if path.suffix == ".index" or path.with_name(f"{path.name}.index").is_file():
+    if path.suffix == ".index" or Path(f"{path}.index").is_file():
         return _from_tensors(path, _read_tensorflow(path), overrides)
     if not path.exists():
         path = _fetch(str(source))

@@ -167,3 +167,17 @@ def test_a_network_that_does_not_fit_at_all(place, monkeypatch):
     output = invoke(f"{SMOKE} --dry-run", place, monkeypatch, code=2)
     assert "error: not even one picture at a time fits" in output
     assert [p.name for p in place.iterdir()] == ["configs"]
+
+
+def test_durations_never_say_60():
+    for seconds in (59.4, 59.6, 3599.4, 3599.6, 86399.9, 86400 * 3 - 1):
+        assert " 60 " not in f" {duration(seconds)} "
+    assert [duration(s) for s in (59.6, 3599.6, 7199.9)] == ["1 min 0 s", "1 h 0 min", "2 h 0 min"]
+
+
+def test_recomputed_activations_are_not_counted_as_kept():
+    sizes = []
+    for recompute in ("false", "true"):
+        overrides = [f"training.activation_checkpointing={recompute}"]
+        sizes.append(activation_bytes(*one_picture(load_config("configs/cifar10.yml", overrides))))
+    assert 0.2 < sizes[1] / sizes[0] < 0.5
