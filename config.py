@@ -1,15 +1,20 @@
 """The schema of a run: sections, defaults, rules, YAML in and out.
 
 A config is data: frozen, checked once, the same in the YAML file, in the run's folder and in every
-checkpoint. Each section mirrors one constructor (`model` is `UNet`, `diffusion` is
-`GaussianDiffusion`, `sampling` is `make_steps`), and defaults live here only. Facts of the data,
-`image_size` and `channels`, are written once, under `dataset`.
+checkpoint. `model`, `diffusion` and `sampling` mirror one constructor each (`UNet`,
+`GaussianDiffusion`, `make_steps`). What a run is told is of four kinds: what is learned
+(`training`), where it runs (`hardware`), what is written down (`logging`) and what is measured
+meanwhile (`evaluation`). Facts of the data, `image_size` and `channels`, are written once, under
+`dataset`. Defaults live here only.
 """
 
+import difflib
 import json
 import os
 import re
 import reprlib
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,8 +29,6 @@ from pydantic import (
     model_validator,
 )
 
-from terminal import did_you_mean
-
 
 class Section(BaseModel):
     """Frozen, no unknown keys, no silent conversions but int -> float."""
@@ -39,40 +42,48 @@ class Section(BaseModel):
     )
 
 
+def free(default: Any = ..., **rules: Any) -> Any:
+    """Return a field that may change between two parts of one run: it changes nothing learned.
+
+    Every other key keeps its value when a run continues (precision and compile: up to rounding).
+    """
+    return Field(default, json_schema_extra={"free": True}, **rules)
+
+
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]  # a shell leaves key=~/x alone
 WITH_TEST_SET = ("mnist", "fashion-mnist", "cifar10", "flowers102")
 
 
 class DatasetConfig(Section):
-    """Where pictures come from and what they are cut to."""
+    """Where images come from and what they are cut to."""
 
     name: Literal[
         "digits", "mnist", "fashion-mnist", "cifar10", "flowers102", "celebahq",
         "lsun-church", "lsun-bedroom", "lsun-cat",
         "folder", "zip", "tar", "npy", "npz", "huggingface",
     ]  # fmt: skip
-    """which pictures; folder, zip, npy, ... are your own"""
-    root: Folder = "data"
-    """where they are, or are fetched to"""
+    """which images; folder, zip, npy, ... are your own"""
+    root: Folder = free("data")
+    """where they are, or are downloaded to"""
     image_size: int = Field(ge=4, le=16_384)
     """height and width, in pixels"""
     channels: int = Field(3, ge=1, le=4)
-    """1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha"""
+    """1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha"""
     fit: Literal["crop", "pad"] = "crop"
     """crop the centre, or pad with black"""
     random_flip: bool = True
-    """mirror half of the training pictures"""
+    """mirror half of the training images"""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
-    """held out, where the set has no test set of its own"""
-    cache: Folder = "data/cache"
-    """folder of decoded pictures"""
+    """share of images kept for validation, where the set has no test set"""
+    cache: Folder = free("data/cache")
+    """folder of decoded images"""
 
     @model_validator(mode="after")
-    def _test_sets_are_held_out(self):
+    def _test_sets_validate(self) -> "DatasetConfig":
         if self.validation_fraction and self.name in WITH_TEST_SET:
             raise ValueError(
-                f"validation_fraction is {self.validation_fraction}; {self.name} holds out its own "
-                "test set: leave it at 0"
+                f"validation_fraction is {self.validation_fraction}; {self.name} validates on its "
+                "own test set: leave it at 0"
             )
         return self
 
@@ -93,7 +104,7 @@ class ModelConfig(Section):
 
     @field_validator("attention_resolutions")
     @classmethod
-    def _finest_first(cls, sizes):
+    def _finest_first(cls, sizes: list[int]) -> list[int]:
         return sorted(set(sizes), reverse=True)
 
 
@@ -105,101 +116,117 @@ class DiffusionConfig(Section):
     beta_schedule: Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine"] = (
         "linear"
     )
-    """linear is the paper's; quad, const, warmup10, warmup50, jsd, cosine"""
+    """linear (the paper's), quad, const, warmup10, warmup50, jsd, cosine"""
     beta_start: float = Field(1e-4, gt=0, le=1)
     """beta of the first step"""
     beta_end: float = Field(0.02, gt=0, le=1)
     """beta of the last step"""
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    """what the network predicts: eps (the paper's), x0 or v"""
 
 
 class TrainingConfig(Section):
-    """Optimisation, hardware, and how often to do what. `batch_size` is that of all devices."""
+    """What is learned."""
 
     seed: int = Field(0, ge=0, lt=2**63)
-    """of everything random"""
+    """seed of initial weights, data order, t, noise, flips and dropout"""
     batch_size: int = Field(128, ge=1, le=1_000_000)
-    """of all devices together"""
-    micro_batch_size: int | None = Field(None, ge=1)
-    """pictures at a time on a device; null is as many as fit"""
-    max_steps: int = Field(ge=1, le=10**9)
-    """updates, then it ends"""
+    """images a step, on all devices together"""
+    max_steps: int = free(ge=1, le=10**9)
+    """steps of the whole run"""
     learning_rate: float = Field(2e-4, gt=0)
-    """of Adam, after the warm-up"""
+    """Adam's, after the warmup"""
     warmup_steps: int = Field(5000, ge=0)
-    """linear from 0"""
+    """steps over which the learning rate rises from 0"""
     gradient_clip_norm: float | None = Field(1.0, gt=0)
-    """of the global batch's gradient; null is none"""
+    """largest norm of the global batch's gradient; null does not clip"""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """of the average that samples, each step"""
-    max_skipped_steps: int = Field(20, ge=1)
-    """in a row without a finite gradient, then the run stops"""
-    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """auto: bf16-mixed where the hardware multiplies it, else 32-true"""
-    compile: bool | Literal["auto"] = "auto"
-    """auto: on CUDA, for 10,000 steps and more"""
-    activation_checkpointing: bool = False
-    """less memory, more time"""
-    num_workers: int = Field(0, ge=0, le=256)
-    """processes that load pictures"""
-    log_every: int = Field(100, ge=1)
-    """steps"""
-    validate_every: int = Field(10_000, ge=0)
-    """steps; 0 is never"""
-    preview_every: int = Field(5000, ge=0)
-    """steps; 0 is never"""
-    preview_images: int = Field(36, ge=1, le=10_000)
-    """in the grid"""
-    evaluate_every: int = Field(0, ge=0)
-    """steps; 0 is never"""
-    evaluate_images: int = Field(1000, ge=2)
-    """for each evaluation"""
-    extractor: str = "inception-v3-compat"
-    """of features: torch-fidelity's name, or a TorchScript file"""
-    save_every: int = Field(5000, ge=0)
-    """steps; 0 is at the end only"""
-    keep_checkpoints: int = Field(3, ge=1)
-    """the newest so many"""
-    logger: list[Literal["tensorboard", "csv", "wandb"]] = Field(["tensorboard"], min_length=1)
-    """tensorboard, csv, wandb; one or several"""
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """decay of the weights' moving average, which samples"""
+    loss_weight: Literal["eps"] = "eps"
+    """weight of the eps error over t: eps (the paper's) is 1"""
+    t_density: Literal["uniform"] = "uniform"
+    """how t is drawn: uniform (the paper's)"""
+    max_skipped_steps: int = free(20, ge=1)
+    """steps in a row without a finite gradient that end the run"""
+
+
+class HardwareConfig(Section):
+    """Where it runs."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = free("auto")
     """auto, cpu, gpu or mps"""
-    devices: int | Literal["auto"] = "auto"
-    """of each node; auto is all GPUs"""
-    num_nodes: int = Field(1, ge=1)
+    devices: int | Literal["auto"] = free("auto")
+    """devices of each node; auto is all GPUs, or one CPU"""
+    num_nodes: int = free(1, ge=1)
     """machines"""
-    results_folder: Folder = "lightning_logs"
-    """where runs go"""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = free("auto")
+    """auto: bf16-mixed where the hardware multiplies bfloat16, else 32-true"""
+    compile: bool | Literal["auto"] = free("auto")
+    """torch.compile; auto: on CUDA, for 10,000 steps and more"""
+    micro_batch_size: int | None = free(None, ge=1)
+    """images at a time on a device; null is as many as fit"""
+    activation_checkpointing: bool = free(False)
+    """recompute activations: less memory, more time"""
+    num_workers: int = free(0, ge=0, le=256)
+    """processes that load images"""
+
+    @field_validator("devices")
+    @classmethod
+    def _some_devices(cls, value: int | str) -> int | str:
+        if value != "auto" and int(value) < 1:
+            raise ValueError(f"devices is {value}; give 1 or more, or auto")
+        return value
+
+
+class LoggingConfig(Section):
+    """What is written down, and how often."""
+
+    results_folder: Folder = free("lightning_logs")
+    """folder of runs"""
+    logger: list[Literal["tensorboard", "csv", "wandb"]] = free(["tensorboard"], min_length=1)
+    """tensorboard, csv, wandb; one or several"""
+    log_every: int = free(100, ge=1)
+    """steps between numbers"""
+    preview_every: int = free(5000, ge=0)
+    """steps between previews; 0 is never"""
+    preview_images: int = free(36, ge=1, le=10_000)
+    """images of a preview"""
+    save_every: int = free(5000, ge=0)
+    """steps between checkpoints; 0 saves at the end only"""
+    keep_checkpoints: int = free(3, ge=1)
+    """how many of the newest checkpoints stay"""
 
     @field_validator("logger", mode="before")
     @classmethod
-    def _one_logger(cls, value):
+    def _one_logger(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _micro_batch_divides(self):
-        micro = self.micro_batch_size
-        if micro and self.batch_size % micro:
-            raise ValueError(
-                f"micro_batch_size {micro} does not divide batch_size {self.batch_size}; "
-                f"these do: {divisors(self.batch_size)}"
-            )
-        if self.devices != "auto" and self.devices < 1:
-            raise ValueError(f"devices is {self.devices}; give 1 or more, or auto")
-        return self
+
+class EvaluationConfig(Section):
+    """What is measured while training."""
+
+    validate_every: int = free(10_000, ge=0)
+    """steps between validation losses; 0 is never"""
+    evaluate_every: int = free(0, ge=0)
+    """steps between FIDs; 0 is never"""
+    evaluate_images: int = free(1000, ge=2)
+    """images of each FID"""
+    extractor: str = free("inception-v3-compat")
+    """its features: torch-fidelity's name, or a TorchScript file"""
 
 
 class SamplingConfig(Section):
     """The reverse process: what `sample.py` does unless told otherwise."""
 
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"
-    """ddpm, ddim or dpm++"""
-    variance: Literal["large", "small"] = "large"
-    """of ddpm: large (the paper's CIFAR-10) or small (its 256x256)"""
-    eta: float = Field(0.0, ge=0, le=1)
-    """of ddim: 0 no noise, 1 as ddpm small"""
-    timesteps: int | None = Field(None, ge=1)
-    """steps of a chain; null is all T"""
-    spacing: Literal["trailing", "uniform", "quadratic", "logsnr"] = "trailing"
+    sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = free("ddpm")
+    """ddpm (Algorithm 2), ddim, dpm++ (good at 20 steps) or heun"""
+    variance: Literal["large", "small"] = free("large")
+    """ddpm's: large (the paper's CIFAR-10) or small (its 256x256)"""
+    eta: float = free(0.0, ge=0, le=1)
+    """ddim's noise: 0 none, 1 as ddpm small"""
+    timesteps: int | None = free(None, ge=1)
+    """sampling steps; null is all T"""
+    spacing: Literal["trailing", "uniform", "quadratic", "logsnr"] = free("trailing")
     """which of the T steps, when fewer: trailing, uniform, quadratic, logsnr"""
 
 
@@ -210,10 +237,13 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     training: TrainingConfig
+    hardware: HardwareConfig = HardwareConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
-    def _sections_agree(self):
+    def _sections_agree(self) -> "Config":
         size, model = self.dataset.image_size, self.model
         levels = len(model.channel_multipliers)
         factor = 2 ** (levels - 1)
@@ -230,6 +260,12 @@ class Config(Section):
                     f"model.attention_resolutions has {resolution}; the feature sizes of "
                     f"this network are {resolutions}"
                 )
+        batch_size, micro = self.training.batch_size, self.hardware.micro_batch_size
+        if micro and batch_size % micro:
+            raise ValueError(
+                f"hardware.micro_batch_size {micro} does not divide training.batch_size "
+                f"{batch_size}; these do: {divisors(batch_size)}"
+            )
         steps = self.sampling.timesteps
         if steps is not None and steps > self.diffusion.timesteps:
             raise ValueError(
@@ -240,6 +276,7 @@ class Config(Section):
 
 
 def divisors(n: int) -> str:
+    """List the divisors of n, for hints."""
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
@@ -260,7 +297,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _no_duplicate_keys(loader, node, deep=False):
+def _no_duplicate_keys(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
     merge = "tag:yaml.org,2002:merge"
     keys = [loader.construct_object(key) for key, _ in node.value if key.tag != merge]
     for key in keys:
@@ -269,10 +306,11 @@ def _no_duplicate_keys(loader, node, deep=False):
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
 
-_Loader.construct_mapping = _no_duplicate_keys
+_Loader.construct_mapping = _no_duplicate_keys  # type: ignore[method-assign]
 
 
 def parse_yaml(text: str) -> Any:
+    """Return plain data."""
     return yaml.load(text, _Loader)  # safe: _Loader is yaml.SafeLoader with better floats
 
 
@@ -280,7 +318,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Read a YAML file, apply `section.key=value` overrides, check everything.
 
     Raises:
-        ValueError: one line a fault: where, value, rule and mend. OSError where it can't be read.
+        ValueError: one line a fault: where, value, rule and hint. OSError: it cannot be read.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -301,7 +339,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def apply_override(tree: dict, override: str) -> None:
-    """`section.key=value` into plain data; ValueError where it is not of that form."""
+    """Set `section.key=value` in plain data; ValueError where it is not of that form."""
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name and "." not in name):
@@ -319,14 +357,36 @@ def apply_override(tree: dict, override: str) -> None:
 
 
 def is_text(section: str, name: str, text: str) -> bool:
-    """Whether a key takes text as it stands: folders called 2024-02-03 or `my #1`, not quoted."""
+    """Tell whether a key takes text as it stands: folders called 2024-02-03 or `my #1`."""
     field = Config.model_fields.get(section)
     key = field and field.annotation.model_fields.get(name)
     return bool(key) and key.annotation is str and text[:1] not in "\"'"
 
 
+MOVED = {"hardware": HardwareConfig, "logging": LoggingConfig, "evaluation": EvaluationConfig}
+
+
+def move_old_keys(tree: dict) -> list[str]:
+    """Move keys that `training` once held to their sections, in place; return them as they are now.
+
+    One that stands in both places stays, and is refused as unknown.
+    """
+    moved = []
+    training = tree.get("training")
+    for key in list(training) if isinstance(training, dict) else ():
+        for section, kind in MOVED.items():
+            values = tree.setdefault(section, {}) if key in kind.model_fields else None
+            if isinstance(values, dict) and key not in values:
+                values[key] = training.pop(key)
+                moved.append(f"{section}.{key}")
+    return moved
+
+
 def check_config(tree: dict, *, source: str) -> Config:
-    """A checked config from plain data; `source` names it in messages."""
+    """Return a checked config of plain data; `source` names it in messages."""
+    moved = move_old_keys(tree)
+    if moved:
+        print(f"{source}: read as {', '.join(moved)}", file=sys.stderr)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -351,14 +411,14 @@ def _explain(fault: dict) -> str:
 
 
 def keys_like(incomplete: str) -> list[str]:
-    """`section.key=` of those that begin so: for a shell to complete."""
+    """Return `section.key=` of the keys that begin so, for a shell to complete."""
     sections = Config.model_fields.items()
     keys = [f"{name}.{key}=" for name, field in sections for key in field.annotation.model_fields]
     return [key for key in keys if key.startswith(incomplete)]
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config, every default written out, with what each key means."""
+    """Return the resolved config, every default written out, with what each key means."""
     lines = []
     for section, values in config.model_dump(mode="json").items():
         fields = Config.model_fields[section].annotation.model_fields
@@ -369,30 +429,22 @@ def to_yaml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-# What may change between two parts of one run without changing what it computes
-# (precision and compile: up to rounding).
-MAY_CHANGE = {"dataset.root", "dataset.cache", "sampling"} | {
-    f"training.{key}"
-    for key in TrainingConfig.model_fields
-    if key
-    not in (
-        "seed",
-        "batch_size",
-        "learning_rate",
-        "warmup_steps",
-        "gradient_clip_norm",
-        "ema_decay",
-    )
-}
-
-
-def differences(old: Config, new: Config, *, ignore: set[str] = frozenset()) -> list[str]:
-    """'section.key: old -> new' for each value that differs and is not in `ignore`."""
+def differences(old: Config, new: Config, *, learned: bool = False) -> list[str]:
+    """Return 'section.key: old -> new' for each value that differs; `learned`: of keys not free."""
     lines = []
     new_tree = new.model_dump(mode="json")
     for section, values in old.model_dump(mode="json").items():
+        fields = Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
         for key, value in values.items():
-            name = f"{section}.{key}"
-            if value != new_tree[section][key] and not ignore & {section, name}:
-                lines.append(f"{name}: {json.dumps(value)} -> {json.dumps(new_tree[section][key])}")
+            other = new_tree[section][key]
+            if value != other and not (learned and fields[key].json_schema_extra):
+                lines.append(f"{section}.{key}: {json.dumps(value)} -> {json.dumps(other)}")
     return lines
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return '; did you mean X?' where something near is known, else the list."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; there are: {', '.join(known)}" if known else ""

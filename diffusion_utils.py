@@ -1,34 +1,53 @@
-"""The diffusion process: q, the loss, its bound, samplers as step tables, and their loop.
+"""The diffusion process: q, targets, the loss, samplers as step tables, and their loop.
 
-| symbol          | name here         | source                                    |
-|-----------------|-------------------|-------------------------------------------|
-| beta_t          | `betas[t]`        | section 2                                 |
-| alpha_bar_t     | `alpha_bar(t)`    | after Eq. 4: product of 1 - beta          |
-| x_t             | `q_sample`        | Eq. 4                                     |
-| L_simple        | `loss`            | Eq. 14                                    |
-| x_0 from eps    | `predict_x_0`     | Eq. 15                                    |
-| p(x_s \\| x_t)   | `make_steps`      | Eq. 6, 7 and Algorithm 2; DDIM Eq. 12, 16; |
-|                 | and `reverse`     | DPM-Solver++ (Lu et al. 2022) Algorithm 2 |
-| L_T             | `prior_term`      | Eq. 5                                     |
-| L_{t-1}, L_0    | `bound_term`      | Eq. 5, 8 and 13                           |
+| symbol           | name here          | source                                      |
+|------------------|--------------------|---------------------------------------------|
+| beta_t           | `betas[t]`         | section 2                                   |
+| alpha_bar_t      | `alpha_bar(t)`     | after Eq. 4: product of 1 - beta            |
+| x_t              | `q_sample`         | Eq. 4                                       |
+| F*, F            | `target`, `network`| what the network aims at, and predicts      |
+| L_simple         | `loss`             | Eq. 14                                      |
+| x0_hat, eps_hat  | `predict_x_0`,     | Eq. 15                                      |
+|                  | `predict_eps`      |                                             |
+| p(x_s \\| x_t)    | `make_steps`       | Eq. 6, 7 and Algorithm 2; DDIM Eq. 12, 16;  |
+|                  | and `reverse`      | DPM-Solver++ (Lu et al. 2022) Algorithm 2   |
+
+The bound, L_T, L_{t-1} and L_0 (Eq. 5, 8, 13), is in `evaluation/likelihood.py`.
 
 `t` is 0-based, as in the official code: t = 0 is one step of noise, t = T - 1 the last, and the
 data itself is index -1 with `alpha_bar(-1) = 1`. Equations are of Ho et al. 2020 unless named.
 What derives from beta is float64. Nothing here draws a random number.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Denoiser = Callable[[Tensor, int | Tensor], Tensor]  # (x_t [B, C, H, W], t) -> x0_hat
+
+# What the network predicts: F* = a x_0 + b eps, with (a, b) of s = sqrt(alpha_bar) and
+# n = sqrt(1 - alpha_bar).
+TARGETS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]] = {
+    "eps": lambda s, n: (0 * s, 1 + 0 * s),
+    "x0": lambda s, n: (1 + 0 * s, 0 * s),
+    "v": lambda s, n: (-n, s),  # Salimans & Ho 2022, section 4
+}
+
+
+# w over t, of SNR: the weight of the error of eps, whatever is predicted
+LOSS_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"eps": np.ones_like}
+# p over t, of SNR, not normalised
+T_DENSITIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"uniform": np.ones_like}
+
 
 def make_betas(schedule: str, timesteps: int, start: float, end: float) -> np.ndarray:
-    """beta_0 ... beta_{T-1}, float64. Endpoints are not rescaled with T."""
+    """Return beta_0 ... beta_{T-1}, float64. Endpoints are not rescaled with T."""
     T = timesteps
     match schedule:
         case "linear":
@@ -56,23 +75,42 @@ def make_betas(schedule: str, timesteps: int, start: float, end: float) -> np.nd
 
 
 class GaussianDiffusion:
-    """The forward process q (Eq. 2) and what follows from it in closed form.
+    """The forward process q (Eq. 2), what the network predicts, and what follows in closed form.
 
     Args:
         timesteps: T.
         beta_schedule: linear (the paper's), quad, const, warmup10, warmup50, jsd, cosine.
         beta_start, beta_end: its ends; `const` reads only the end, `jsd` and `cosine` neither.
+        prediction: a row of `TARGETS`: eps (the paper's), x0 or v.
     """
 
-    def __init__(self, *, timesteps: int, beta_schedule: str, beta_start: float, beta_end: float):
+    def __init__(
+        self,
+        *,
+        timesteps: int,
+        beta_schedule: str,
+        beta_start: float,
+        beta_end: float,
+        prediction: str,
+    ):
         self.timesteps = timesteps
         self.betas = make_betas(beta_schedule, timesteps, beta_start, beta_end)
         # one longer than T: index -1, the data, is the last entry
         self._alpha_bar = np.append(np.cumprod(1 - self.betas), 1.0)
-        self._tables: dict = {}
+        s, n = np.sqrt(self._alpha_bar), np.sqrt(1 - self._alpha_bar)
+        if prediction not in TARGETS:
+            raise ValueError(f"prediction {prediction!r} is not one of {', '.join(TARGETS)}")
+        a, b = TARGETS[prediction](s, n)
+        d = s * b - n * a  # x0_hat = (b x_t - n F) / d; eps_hat = (s F - a x_t) / d
+        s_d = np.divide(s, d, out=np.ones_like(s), where=d != 0)  # the limit where s = 0
+        a_d = np.divide(a, d, out=np.zeros_like(s), where=d != 0)
+        # an error of F times s / d is one of eps: squared 1 for eps, SNR for x0, alpha_bar for v
+        self._columns = {"s": s, "n": n, "a": a, "b": b, "d": d}
+        self._columns |= {"s/d": s_d, "a/d": a_d, "scale": s_d**2}
+        self._cache: dict[tuple, Tensor] = {}
 
-    def alpha_bar(self, t: int | Tensor) -> float | Tensor:
-        """The share of x_0's variance left in x_t; 1 at t = -1.
+    def alpha_bar(self, t: int | Tensor) -> Any:
+        """Return the share of x_0's variance that is left in x_t; 1 at t = -1.
 
         Args:
             t: an int, or integers of any shape.
@@ -89,115 +127,104 @@ class GaussianDiffusion:
         value = self._alpha_bar[index]
         return torch.from_numpy(value) if isinstance(t, Tensor) else float(value)
 
-    def _signal_and_noise(self, t: int | Tensor, like: Tensor):
-        """sqrt(alpha_bar) and sqrt(1 - alpha_bar), as floats or [B, 1, 1, 1].
+    def _at(self, t: int | Tensor, like: Tensor, *names: str) -> list[Any]:
+        """Return columns at t, as floats or as [B, 1, 1, 1].
 
-        The float64 tables are rounded once to `like`'s type and kept on its device, so that a
+        The float64 columns are rounded once to `like`'s type and kept on its device, so that a
         training step gathers without waiting for the device.
         """
         if not isinstance(t, Tensor):
-            a = self.alpha_bar(t)
-            return math.sqrt(a), math.sqrt(1 - a)
-        key = like.device, like.dtype
-        if key not in self._tables:
-            a = self._alpha_bar[:-1]
-            self._tables[key] = [
-                torch.from_numpy(np.sqrt(v)).to(like.dtype).to(like.device) for v in (a, 1 - a)
-            ]
-        return [table[t].view(-1, 1, 1, 1) for table in self._tables[key]]
+            self.alpha_bar(t)  # raises where t is outside
+            return [float(self._columns[name][t]) for name in names]
+        return [self._on_device(name, like)[t].view(-1, 1, 1, 1) for name in names]
+
+    def _on_device(self, name: str, like: Tensor) -> Tensor:
+        key = name, like.device, like.dtype
+        if key not in self._cache:
+            column = torch.from_numpy(self._columns[name])
+            self._cache[key] = column.to(like.dtype).to(like.device)
+        return self._cache[key]
+
+    def column(self, function: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+        """Return a function of SNR over t, [T] float64; rows of `LOSS_WEIGHTS`, `T_DENSITIES`."""
+        a = self._alpha_bar[:-1]
+        return torch.from_numpy(function(a / (1 - a)))
 
     def q_sample(self, x_0: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
-        """x_t from x_0 and noise (Eq. 4). x_0, eps: [B, C, H, W]; t: [B] or one int."""
-        signal, noise = self._signal_and_noise(t, x_0)
-        return signal * x_0 + noise * eps
+        """Return x_t of x_0 and noise (Eq. 4). x_0, eps: [B, C, H, W]; t: [B] or one int."""
+        s, n = self._at(t, x_0, "s", "n")
+        return s * x_0 + n * eps
 
-    def predict_x_0(self, x_t: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
-        """The x_0 that x_t and eps imply (Eq. 15), not clipped. Shapes as in `q_sample`."""
-        signal, noise = self._signal_and_noise(t, x_t)
-        return (x_t - noise * eps) / signal
+    def target(self, x_0: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
+        """Return F*, what the network aims at. Shapes as in `q_sample`."""
+        a, b = self._at(t, x_0, "a", "b")
+        return a * x_0 + b * eps
 
-    def loss(self, eps_model: Callable, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """L_simple (Eq. 14) of each picture: the mean over C, H, W of (eps - eps_hat)^2.
+    def predict_x_0(self, x_t: Tensor, t: int | Tensor, F: Tensor) -> Tensor:
+        """Return the x_0 that x_t and a prediction imply (Eq. 15), not clipped."""
+        n, b, d = self._at(t, x_t, "n", "b", "d")
+        return (b * x_t - n * F) / d
+
+    def predict_eps(self, x_t: Tensor, t: int | Tensor, F: Tensor) -> Tensor:
+        """Return the noise that x_t and a prediction imply."""
+        s_d, a_d = self._at(t, x_t, "s/d", "a/d")
+        return s_d * F - a_d * x_t
+
+    def loss(
+        self,
+        network: Callable[[Tensor, Tensor], Tensor],
+        x_0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Return each image's error of eps, whatever is predicted: L_simple (Eq. 14) by default.
 
         Args:
-            eps_model: (x_t [B, C, H, W], t [B]) -> eps_hat [B, C, H, W].
+            network: (x_t [B, C, H, W], t [B]) -> F [B, C, H, W].
             x_0, eps: [B, C, H, W], x_0 in [-1, 1]; t: [B], 0-based.
+            weight: w over t, [T]; None is 1, the paper's.
 
         Returns:
-            [B], float32 or wider.
+            [B], float32 or wider: w[t] times the mean over C, H, W of (eps - eps_hat)^2.
         """
-        eps_hat = eps_model(self.q_sample(x_0, t, eps), t)
-        return (eps.float() - eps_hat.float()).square().mean(dim=(1, 2, 3))
-
-    # ---- the variational bound (Eq. 5), in bits per dimension
-
-    def posterior(self, t: int) -> tuple[float, float, float]:
-        """q(x_{t-1} | x_t, x_0), Eq. 6 and 7: of mean c_t x_t + c_0 x_0: c_t, c_0, variance."""
-        a_t, a_s, beta = self.alpha_bar(t), self.alpha_bar(t - 1), float(self.betas[t])
-        c_t = (1 - a_s) * math.sqrt(1 - beta) / (1 - a_t)
-        return c_t, beta * math.sqrt(a_s) / (1 - a_t), beta * (1 - a_s) / (1 - a_t)
-
-    def model_variance(self, t: int, variance: str) -> float:
-        """Of p(x_{t-1} | x_t): beta_t where `variance` is large, the posterior's where small.
-
-        The posterior has none at t = 0; both take that of t = 1 there, as the official code does.
-        """
-        if t == 0 or variance == "small":
-            return self.posterior(max(t, 1))[2]
-        return float(self.betas[t])
-
-    def prior_term(self, x_0: Tensor, t: int) -> Tensor:
-        """L_T: KL(q(x_t | x_0) || N(0, I)) at the t where sampling starts; x_0: [B, ...] -> [B]."""
-        a = self.alpha_bar(t)
-        # KL of N(m, v) from N(0, 1) is (m^2 + v - 1 - log v) / 2, here with v = 1 - a
-        nats = 0.5 * (a * x_0.double().square() - a - math.log1p(-a))
-        return nats.flatten(1).mean(1) / math.log(2)
-
-    def bound_term(self, x_0: Tensor, x0_hat: Tensor, t: int, variance: str) -> Tensor:
-        """One term of Eq. 5: KL(q || p) of x_{t-1} given x_t; at t = 0 the decoder's L_0.
-
-        Args:
-            x_0: [B, ...], of 256 levels in [-1, 1]. x0_hat: the model's estimate of it from x_t.
-            variance: of p: `large` (fixedlarge) or `small` (fixedsmall).
-
-        Returns:
-            [B] float64.
-        """
-        x_0, x0_hat = x_0.double(), x0_hat.double()
-        v_p = self.model_variance(t, variance)
-        if t == 0:
-            nats = -log_discretised_gaussian(x_0, x0_hat, math.sqrt(v_p))
-        else:  # both means hold the same c_t x_t, Eq. 8
-            _, c_0, v_q = self.posterior(t)
-            nats = 0.5 * (v_q / v_p - 1 - math.log(v_q / v_p))
-            nats = nats + 0.5 * c_0**2 / v_p * (x_0 - x0_hat).square()
-        return nats.flatten(1).mean(1) / math.log(2)
+        F = network(self.q_sample(x_0, t, eps), t)
+        error = (self.target(x_0, t, eps).float() - F.float()).square().mean(dim=(1, 2, 3))
+        error = error * self._on_device("scale", error)[t]
+        return error if weight is None else error * weight[t]
 
 
-def log_discretised_gaussian(x: Tensor, mean: Tensor, std: float) -> Tensor:
-    """log p(x), Eq. 13: a Gaussian's mass in x's bin of 2 / 255, in nats, of x's shape.
+CELLS = 1024  # of a step; t is drawn to this precision
 
-    As in the official code: the CDF by its tanh approximation, never less than 1e-12, the bins of
-    -1 and 1 open to the outside.
+
+def cell_edges(density: Tensor) -> Tensor:
+    """Return where each t ends among the CELLS * T equal cells of a uniform draw, int64 [T].
+
+    `torch.searchsorted(edges, cell, right=True)` is the inverse CDF of p, in integers, so that
+    every device draws the same t.
+
+    Args:
+        density: p over t, [T]; it need not sum to 1.
     """
+    share = density.double().cumsum(0) / density.double().sum()
+    return (share * (CELLS * len(density))).round().long()
 
-    def cdf(z: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
-    upper = torch.where(x > 0.999, 1.0, cdf((x - mean + 1 / 255) / std))
-    lower = torch.where(x < -0.999, 0.0, cdf((x - mean - 1 / 255) / std))
-    return torch.log(torch.clamp(upper - lower, min=1e-12))
+# ---- samplers
 
 
 class Step(NamedTuple):
-    """One step of a sampler: x_s = c_t x_t + c_0 x0_hat + c_1 x0_hat_previous + sigma z."""
+    """One step of a sampler: x_s = sum x[i] state_i + sum x0[i] estimate_i + sigma z.
+
+    state_0 is x_t, state_1 the state before it; estimate_0 is x0_hat(x_t, t), estimate_1 the one
+    before. A step without `x0` asks no network. One with s > t goes back towards noise.
+    """
 
     t: int
     s: int  # -1 is the data
-    c_t: float
-    c_0: float
-    c_1: float
-    sigma: float
+    x: tuple[float, ...]
+    x0: tuple[float, ...]
+    sigma: float = 0.0
 
 
 def make_steps(
@@ -209,55 +236,110 @@ def make_steps(
     timesteps: int | None,
     spacing: str,
 ) -> list[Step]:
-    """A sampler as a table, from t = T - 1 (or where the spacing starts) down to the data.
+    """Return a sampler's table, from t = T - 1 (or where the spacing starts) down to the data.
 
     Args:
-        sampler: `ddpm` (Algorithm 2), `ddim` (Song et al. 2020) or `dpm++`, the second-order
-            multistep DPM-Solver++(2M).
-        variance: of `ddpm`: `large` (fixedlarge, beta; the paper's CIFAR-10) or `small`
+        sampler: a key of `SAMPLERS`.
+        variance: `ddpm` only: `large` (fixedlarge, beta; the paper's CIFAR-10) or `small`
             (fixedsmall, the posterior's; the paper's 256x256).
-        eta: of `ddim`: 0 is deterministic, 1 equals `ddpm` with small variance.
+        eta: `ddim` only: 0 is deterministic, 1 equals `ddpm` with small variance.
         timesteps: how many steps; None is all T. Rounding can merge a few: the length counts.
         spacing: see `spaced_timesteps`.
 
     Raises:
         ValueError: unknown names, or a number of steps that the spacing cannot have.
     """
-    if sampler not in ("ddpm", "ddim", "dpm++"):
-        raise ValueError(f"sampler {sampler!r} is not ddpm, ddim or dpm++")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
     if variance not in ("large", "small"):
         raise ValueError(f"variance {variance!r} is not large or small")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta} is outside 0 ... 1")
-    eta = {"ddpm": 1.0, "ddim": eta, "dpm++": 0.0}[sampler]
-
     times = [*spaced_timesteps(diffusion, timesteps, spacing), -1]
-    steps: list[Step] = []
-    h_last = None  # of lambda, the half log SNR
-    for t, s in itertools.pairwise(times):
-        a_t, a_s = diffusion.alpha_bar(t), diffusion.alpha_bar(s)
-        sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))  # DDIM Eq. 16
-        c_t = math.sqrt(max(0.0, 1 - a_s - sigma**2) / (1 - a_t))  # DDIM Eq. 12; eta = 1 is Eq. 7
-        c_0 = math.sqrt(a_s) - c_t * math.sqrt(a_t)
-        c_1 = 0.0
-        if s >= 0:
-            if sampler == "ddpm" and variance == "large":
-                sigma = math.sqrt(1 - a_t / a_s)
-            h = half_log_snr(a_s) - half_log_snr(a_t)
-            if sampler == "dpm++" and h_last is not None:
-                c_1 = -c_0 * h / (2 * h_last)
-                c_0 = c_0 * (1 + h / (2 * h_last))
-            h_last = h
-        steps.append(Step(t, s, c_t, c_0, c_1, sigma))
+    return SAMPLERS[sampler](diffusion, times, variance=variance, eta=eta)
+
+
+def ddpm_steps(
+    diffusion: GaussianDiffusion, times: list[int], *, variance: str, eta: float
+) -> list[Step]:
+    """Return Algorithm 2: DDIM's row with eta 1 (Eq. 7), `large` with the variance of beta."""
+    steps = []
+    for step in ddim_steps(diffusion, times, variance=variance, eta=1.0):
+        if variance == "large" and step.s >= 0:
+            ratio = diffusion.alpha_bar(step.t) / diffusion.alpha_bar(step.s)
+            step = step._replace(sigma=math.sqrt(1 - ratio))
+        steps.append(step)
     return steps
 
 
+def ddim_steps(
+    diffusion: GaussianDiffusion, times: list[int], *, variance: str, eta: float
+) -> list[Step]:
+    """Return DDIM's table (Song et al. 2020, Eq. 12 and 16)."""
+    steps = []
+    for t, s in itertools.pairwise(times):
+        a_t, a_s = diffusion.alpha_bar(t), diffusion.alpha_bar(s)
+        sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
+        c_t = math.sqrt(max(0.0, 1 - a_s - sigma**2) / (1 - a_t))
+        steps.append(Step(t, s, (c_t,), (math.sqrt(a_s) - c_t * math.sqrt(a_t),), sigma))
+    return steps
+
+
+def dpm_steps(
+    diffusion: GaussianDiffusion, times: list[int], *, variance: str, eta: float
+) -> list[Step]:
+    """Return DPM-Solver++(2M), second-order multistep; h is a step of the half log SNR."""
+    steps: list[Step] = []
+    h_last = None
+    for step in ddim_steps(diffusion, times, variance=variance, eta=0.0):
+        if step.s >= 0:
+            h = half_log_snr(diffusion.alpha_bar(step.s)) - half_log_snr(
+                diffusion.alpha_bar(step.t)
+            )
+            if h_last is not None:
+                (c_0,) = step.x0
+                step = step._replace(x0=(c_0 * (1 + h / (2 * h_last)), -c_0 * h / (2 * h_last)))
+            h_last = h
+        steps.append(step)
+    return steps
+
+
+def heun_steps(
+    diffusion: GaussianDiffusion, times: list[int], *, variance: str, eta: float
+) -> list[Step]:
+    """Return Heun's method on the probability-flow ODE (Karras et al. 2022, Algorithm 1).
+
+    In x / sqrt(alpha_bar) and r = noise / signal the slope is (x - x0_hat) / r. An Euler row (DDIM)
+    goes to s; a second row asks the network there and replaces the slope by the mean of both.
+    """
+    steps: list[Step] = []
+    for euler in ddim_steps(diffusion, times, variance=variance, eta=0.0):
+        steps.append(euler)
+        if euler.s < 0:  # r = 0: the slope has no value
+            continue
+        a_t, a_s = diffusion.alpha_bar(euler.t), diffusion.alpha_bar(euler.s)
+        r_t, r_s = math.sqrt((1 - a_t) / a_t), math.sqrt((1 - a_s) / a_s)
+        h, signal = (r_s - r_t) / 2, math.sqrt(a_s)
+        states = h / r_s, math.sqrt(a_s / a_t) * (1 + h / r_t)
+        steps.append(Step(euler.s, euler.s, states, (-signal * h / r_s, -signal * h / r_t)))
+    return steps
+
+
+SAMPLERS: dict[str, Callable[..., list[Step]]] = {
+    "ddpm": ddpm_steps,
+    "ddim": ddim_steps,
+    "dpm++": dpm_steps,
+    "heun": heun_steps,
+}
+
+
 def half_log_snr(alpha_bar: float) -> float:
-    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+    """Return lambda, half the logarithm of the signal-to-noise ratio; -inf without signal."""
+    return 0.5 * math.log(alpha_bar / (1 - alpha_bar)) if alpha_bar else -math.inf
 
 
 def spaced_timesteps(diffusion: GaussianDiffusion, count: int | None, spacing: str) -> list[int]:
-    """The t that a sampler visits, falling.
+    """Return the t that a sampler visits, falling.
 
     `trailing` ends the strides at T - 1; `uniform` begins them at 0 and `quadratic` squares them
     up to 0.8 T, as the DDIM paper and code; `logsnr` spaces the half log SNR evenly from T - 1 to
@@ -270,61 +352,56 @@ def spaced_timesteps(diffusion: GaussianDiffusion, count: int | None, spacing: s
     if count == 1 < T and spacing != "trailing":
         raise ValueError(f"spacing {spacing} with 1 step would not start in noise; use trailing")
     visible = int(np.count_nonzero(diffusion._alpha_bar[:-1]))
-    match spacing:
-        case "trailing":
-            times = [round(T - i * T / count) - 1 for i in range(count)]
-        case "uniform":
-            times = [i * T // count for i in range(count)]
-        case "quadratic":
-            times = [int(x) for x in np.linspace(0, math.sqrt(0.8 * T), count) ** 2]
-        case "logsnr":
-            known = [half_log_snr(diffusion.alpha_bar(t)) for t in range(visible)]
-            wanted = np.linspace(known[-1], known[0], count)
-            times = [int(np.abs(np.subtract(known, w)).argmin()) for w in wanted]
-        case _:
-            raise ValueError(f"spacing {spacing!r} is not trailing, uniform, quadratic or logsnr")
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing {spacing!r} is not one of {', '.join(SPACINGS)}")
+    if spacing == "logsnr":
+        known = [half_log_snr(diffusion.alpha_bar(t)) for t in range(visible)]
+        wanted = np.linspace(known[-1], known[0], count)
+        times = [int(np.abs(np.subtract(known, w)).argmin()) for w in wanted]
+    elif spacing == "trailing":
+        times = [round(T - i * T / count) - 1 for i in range(count)]
+    elif spacing == "uniform":
+        times = [i * T // count for i in range(count)]
+    else:
+        times = [int(x) for x in np.linspace(0, math.sqrt(0.8 * T), count) ** 2]
     return sorted({t for t in times if t < visible}, reverse=True)
 
 
+SPACINGS = "trailing", "uniform", "quadratic", "logsnr"
+
+
 def reverse(
-    diffusion: GaussianDiffusion,
-    eps_model: Callable,
-    x_T: Tensor,
-    steps: list[Step],
-    noise: Callable[[Step], Tensor],
-    *,
-    clip: bool = True,
+    denoiser: Denoiser, x_T: Tensor, steps: list[Step], noise: Callable[[Step], Tensor]
 ) -> Iterator[tuple[Step, Tensor, Tensor]]:
     """Walk a step table from x_T to the data (Algorithm 2 for `ddpm` over all T).
 
     Args:
-        eps_model: (x_t [B, C, H, W], t: int) -> eps_hat [B, C, H, W].
+        denoiser: (x_t [B, C, H, W], t: int) -> x0_hat [B, C, H, W], clipped or not.
         x_T: [B, C, H, W], standard normal.
         noise: step -> z [B, C, H, W]; asked once for each step whose sigma is not 0, in order.
-        clip: x0_hat to [-1, 1] before it is used, as the official code does.
 
     Yields:
         (step, x_s, x0_hat) after each step; the last x_s is the last x0_hat.
     """
-    x, previous = x_T, None
+    states, estimates = [x_T], [x_T]  # newest first
+    longest = max((len(c) for step in steps for c in (step.x, step.x0)), default=1)
     for step in steps:
-        x0_hat = diffusion.predict_x_0(x, step.t, eps_model(x, step.t))
-        if clip:
-            x0_hat = x0_hat.clamp(-1, 1)
-        x = step.c_t * x + step.c_0 * x0_hat
-        if step.c_1:
-            x = x + step.c_1 * previous
+        if step.x0:
+            estimates = [denoiser(states[0], step.t), *estimates][:longest]
+        parts = [c * state for c, state in zip(step.x, states, strict=False)]
+        parts += [c * estimate for c, estimate in zip(step.x0, estimates, strict=False)]
         if step.sigma:
-            x = x + step.sigma * noise(step)
-        previous = x0_hat
-        yield step, x, x0_hat
+            parts.append(step.sigma * noise(step))
+        x = functools.reduce(torch.add, parts)
+        states = [x, *states][:longest]
+        yield step, x, estimates[0]
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
-    """0 ... 255 -> -1 ... 1, float32, the ends exact."""
+    """Map 0 ... 255 to -1 ... 1, float32, the ends exact."""
     return pixels.float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """-1 ... 1 -> 0 ... 255: clipped, to the nearest, never truncated."""
+    """Map -1 ... 1 to 0 ... 255: clipped, to the nearest, never truncated."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

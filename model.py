@@ -1,36 +1,81 @@
-"""The attention U-Net of Ho et al. 2020 (appendix B): (x_t, t) -> eps.
+"""The attention U-Net of Ho et al. 2020 (appendix B): (x_t, t) -> F, eps_hat in the paper.
 
 Layer names and shapes are those of the official code, so that its weights fit as they are:
 `down.i.block.b.conv1` here is `down_i/block_b/conv1` there. `i` is the level, 0 the finest, also
 in `up`.
 """
 
+import copy
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from norm_silu import GroupNorm
+from kernels import GroupNorm
+
+if TYPE_CHECKING:
+    from config import Config
 
 
-class UNet(nn.Module):
-    """Predicts the noise eps in x_t.
+class Network(nn.Module):
+    """What the rest of the code asks of a network: (x_t, t) -> F, in two parts.
+
+    `embed` is what does not depend on x, so that sampling runs it once for all its steps.
+
+    Attributes:
+        size_multiple: sides of images are multiples of it.
+    """
+
+    size_multiple = 1
+
+    def embed(self, t: Tensor) -> Tensor:
+        """Return the conditioning of t [B], 0-based: [B, any]."""
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return F [B, C, H, W] in float32; x: [B, C, H, W], embedding: of B rows, or of one."""
+        raise NotImplementedError
+
+    def features(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return [B, D], what the network knows of each image; for nearest neighbours."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return F [B, C, H, W], the prediction; x: x_t, [B, C, H, W]; t: [B], or [1] for all."""
+        return self.predict(x, self.embed(t))
+
+
+def build_network(config: "Config", device: str = "cpu") -> Network:
+    """Return the network of a run's config; on device "meta" without numbers.
+
+    Every part of the code builds networks here.
+    """
+    dataset = config.dataset
+    with torch.device(device):
+        return UNet(
+            image_size=dataset.image_size, channels=dataset.channels, **config.model.model_dump()
+        )
+
+
+class UNet(Network):
+    """The attention U-Net.
 
     Args:
-        image_size: height and width of the pictures; halved once for each multiplier but the first.
-        channels: of the pictures, 1 to 4.
+        image_size: height and width of the images; halved once for each multiplier but the first.
+        channels: of the images, 1 to 4.
         base_channels: width before the multipliers, and of the sinusoidal time embedding.
         channel_multipliers: width of each level, finest first, in units of `base_channels`.
         num_res_blocks: residual blocks at each level of the encoder; the decoder has one more.
         attention_resolutions: feature sizes with attention after each block. The middle always
             has it.
         dropout: probability, inside the residual blocks.
-
-    Raises:
-        ValueError: `image_size` cannot be halved that often, an attention resolution is not a
-            feature size, or a width is too small.
     """
 
     def __init__(
@@ -46,15 +91,8 @@ class UNet(nn.Module):
     ):
         super().__init__()
         levels = len(channel_multipliers)
-        self.factor = 2 ** (levels - 1)  # image sizes are multiples of it
-        sizes = [image_size // 2**level for level in range(levels)]
-        if image_size % self.factor:
-            raise ValueError(f"image_size {image_size} is not a multiple of {self.factor}")
-        if strangers := set(attention_resolutions) - set(sizes):
-            raise ValueError(f"attention_resolutions {sorted(strangers)} are not among {sizes}")
-        if base_channels < 4:
-            raise ValueError(f"base_channels {base_channels} is less than 4")
-
+        self.size_multiple = 2 ** (levels - 1)
+        sizes = [image_size // 2**level for level in range(levels)]  # the config has checked them
         self.recompute = False  # activations in the backward pass, instead of keeping them
         self.channels = channels
         self.base_channels = base_channels
@@ -125,45 +163,35 @@ class UNet(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def embed(self, t: Tensor) -> Tensor:
-        """t [B] -> [B, 4 base_channels], after the swish that every block would apply to it."""
+        """Return [B, 4 base_channels] of t [B], after the swish that every block would apply."""
         first, second = self.temb.dense
         temb = timestep_embedding(t, self.base_channels).to(first.weight.dtype)
         return F.silu(second(F.silu(first(temb))))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The noise estimate.
+    def predict(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return F [B, C, H, W], in float32 also under autocast.
 
         Args:
             x: x_t, [B, C, H, W]; H and W multiples of 2^(levels - 1).
-            t: [B], or [1] for all, which is cheaper; 0-based: 0 means one step of noise. Or
-                what `embed` made of it.
-
-        Returns:
-            eps_hat, [B, C, H, W], in float32 also under autocast.
+            embedding: what `embed` made of t, of B rows; or of one for all, which is cheaper.
         """
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x is {list(x.shape)}; the network takes [B, {self.channels}, H, W]")
-        if x.shape[2] % self.factor or x.shape[3] % self.factor:
+        if x.shape[2] % self.size_multiple or x.shape[3] % self.size_multiple:
             raise ValueError(
-                f"pictures of {x.shape[2]}x{x.shape[3]}: sides must be multiples of {self.factor}"
+                f"images of {x.shape[2]}x{x.shape[3]}: sides must be multiples of "
+                f"{self.size_multiple}"
             )
         dtype = self.conv_in.weight.dtype
-        temb = (t if t.ndim == 2 else self.embed(t)).to(dtype)
-
-        def run(layer: nn.Module, *inputs: Tensor) -> Tensor:
-            if self.recompute and torch.is_grad_enabled():
-                return checkpoint(layer, *inputs, use_reentrant=False)
-            return layer(*inputs)
-
+        temb, run = embedding.to(dtype), self._run
         h = self.conv_in(x.to(dtype))
         skips = [h]
         for down in self.down:
-            for i, block in enumerate(down.block):
+            for block, attend in zip_longest(down.block, down.attn):
                 h = run(block, h, temb)
-                if down.attn:
-                    h = run(down.attn[i], h)
+                h = run(attend, h) if attend else h
                 skips.append(h)  # after the attention
-            if hasattr(down, "downsample"):
+            if down is not self.down[-1]:
                 h = down.downsample(h)
                 skips.append(h)
 
@@ -172,14 +200,28 @@ class UNet(nn.Module):
         h = run(self.mid.block_2, h, temb)
 
         for up in reversed(self.up):
-            for i, block in enumerate(up.block):
+            for block, attend in zip_longest(up.block, up.attn):
                 h = run(block, torch.cat([h, skips.pop()], dim=1), temb)
-                if up.attn:
-                    h = run(up.attn[i], h)
-            if hasattr(up, "upsample"):
+                h = run(attend, h) if attend else h
+            if up is not self.up[0]:
                 h = up.upsample(h)
 
         return self.conv_out(self.norm_out(h)).float()
+
+    def _run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def features(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return [B, D] float32: the middle's output, averaged over positions."""
+        found: list[Tensor] = []
+        hook = self.mid.block_2.register_forward_hook(lambda *args: found.append(args[-1]))
+        try:
+            self(x, t)
+        finally:
+            hook.remove()
+        return found[0].float().mean(dim=(2, 3))
 
 
 class ResBlock(nn.Module):
@@ -193,11 +235,12 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNorm(groups, c_out)
         self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
+        self.widens = c_in != c_out
+        if self.widens:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """x: [B, c_in, H, W]; temb: [B or 1, temb_width], after its swish -> [B, c_out, H, W]."""
+        """Return [B, c_out, H, W]; x: [B, c_in, H, W]; temb: [B or 1, temb_width]."""
         h, time = self.norm1(x), self.temb_proj(temb)
         # the same for all: a part of the bias, and one pass over h less
         if not torch.compiler.is_exporting() and len(time) == 1:
@@ -205,7 +248,7 @@ class ResBlock(nn.Module):
         else:
             h = self.conv1(h) + time[:, :, None, None]
         h = self.conv2(self.dropout(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + (self.nin_shortcut(x) if self.widens else x)
 
 
 class Attention(nn.Module):
@@ -220,16 +263,19 @@ class Attention(nn.Module):
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same."""
+        """Return [B, C, H, W], of x's shape."""
         h = self.norm(x)
         # [B, C, H, W] -> [B, H * W, C]
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
-        if x.device.type == "cpu" and q.shape[1] <= 1024:  # the fused one's gradient is slower
-            scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[2])
-            h = torch.softmax(scores, -1, torch.float32).to(v.dtype) @ v
-        else:
-            h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+        return x + self.proj_out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(width)) v; [B, N, width] each."""
+    if q.device.type == "cpu" and q.shape[1] <= 1024:  # the fused one's gradient is slower there
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[2])
+        return torch.softmax(scores, -1, torch.float32).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 
 class Dropout(nn.Dropout):
@@ -268,7 +314,7 @@ class Upsample(nn.Module):
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """All sines, then all cosines, of t at `width // 2` frequencies from 1 down to exactly 1e-4.
+    """Return all sines, then all cosines, of t at `width // 2` frequencies from 1 down to 1e-4.
 
     Args:
         t: [B].
@@ -286,7 +332,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 def group_count(base_channels: int) -> int:
-    """GroupNorm's groups, one number for the whole network.
+    """Return GroupNorm's number of groups, one for the whole network.
 
     32 as in the paper where 32 divides `base_channels`; else the most groups that leave each at
     least 4 channels (every width is a multiple of `base_channels`, so they always divide).
@@ -294,3 +340,53 @@ def group_count(base_channels: int) -> int:
     if base_channels % 32 == 0:
         return 32
     return max(g for g in range(1, base_channels // 4 + 1) if base_channels % g == 0 and g <= 32)
+
+
+# ---- precision
+
+
+class InBfloat16(Network):
+    """A copy of a network that multiplies in bfloat16; its embedding stays in float32."""
+
+    def __init__(self, network: Network):
+        super().__init__()
+        self.size_multiple = network.size_multiple
+        self.exact = network
+        self.rounded = copy.deepcopy(network).eval().to(torch.bfloat16)
+        self.rounded._compiled_call_impl = None  # of training
+
+    def embed(self, t: Tensor) -> Tensor:
+        return self.exact.embed(t)
+
+    def predict(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.rounded.predict(x, embedding)
+
+    def features(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.exact.features(x, t)
+
+
+def at_precision(network: Network, precision: str) -> Network:
+    """Return the network itself for "float32", and a copy of it for "bfloat16"."""
+    return InBfloat16(network) if precision == "bfloat16" else network
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16; the environment's DDPM_BF16, 0 or 1, overrides."""
+    forced = os.environ.get("DDPM_BF16")
+    if forced in ("0", "1"):
+        return forced == "1"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Keep TF32, whose mantissa has 10 bits, out of what is float32 on CUDA."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)  # of training

@@ -1,0 +1,232 @@
+"""What the commands share: what is said when something is wrong, the console, their options.
+
+Only what needs no package is imported at the top, so that it can speak of those that are missing.
+"""
+
+import errno
+import functools
+import inspect
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXPECTED = ValueError, OSError, FloatingPointError  # whose messages are written for users
+WRONG_INPUT = ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError
+
+
+# ---- when something is wrong
+
+
+def fail(error: BaseException) -> int:
+    """Say what is wrong in one message; return the exit code: 2 where the input is, else 1."""
+    where = "" if is_main_process() else f" (rank {rank()})"
+    print(f"error{where}: {describe(error)}", file=sys.stderr, flush=True)
+    too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    return 2 if isinstance(error, WRONG_INPUT) or too_long else 1
+
+
+def describe(error: BaseException) -> str:
+    """Return a message for users."""
+    text = str(error)
+    if "torchvision::nms" in text:
+        return (
+            "torch and torchvision do not fit together, which happens when they come from "
+            "different places, or one is updated alone: "
+            "pip install --force-reinstall torch torchvision"
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"{error.name} is not installed for {sys.executable}: "
+            "pip install -r requirements.txt, or take the Python that has it (.venv/bin/python)"
+        )
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        reason = text.splitlines()[0] if text else type(error).__name__
+        return f"this does not fit into memory; try less of it ({reason})"
+    return text if isinstance(error, EXPECTED) else f"{type(error).__name__}: {text}"
+
+
+def guard() -> None:
+    """From here on an installation that cannot work ends in `describe`, not in a traceback.
+
+    Ctrl-C ends with 130 also while packages are imported, and names in letters that the
+    terminal lacks are printed as it can.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            os._exit(130)
+        if isinstance(error, ImportError) or "torchvision::nms" in str(error):
+            fail(error)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a command runs
+    guard()
+
+import typer  # noqa: E402  (may be missing)
+
+from config import Config, SamplingConfig, did_you_mean  # noqa: E402
+
+# ---- the terminal
+
+
+def plain_console(quiet: bool = False) -> "Console":
+    """Return a console that prints names as they are, and that a reader may leave (`| head`)."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return Plain(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def quiet_libraries() -> None:
+    """Silence Lightning's tips and hardware lines, which are not about this run."""
+    import pytorch_lightning  # noqa: F401  (it sets its level when it is imported)
+
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # but that another rank has died is
+    launcher = "lightning_fabric.strategies.launchers.subprocess_script"
+    logging.getLogger(launcher).setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+
+
+def rank() -> int:
+    """Return this process's rank before anything is launched: torchrun's, Lightning's, srun's."""
+    numbers = (os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((int(number) for number in numbers if number.isdigit()), 0)
+
+
+def is_main_process() -> bool:
+    """Tell whether this process speaks for all ranks."""
+    return rank() == 0
+
+
+# ---- options
+
+
+def run_names(incomplete: str = "") -> list[str]:
+    """Return the runs of lightning_logs whose names begin so."""
+    names = (path.parent.name for path in Path("lightning_logs").glob("*/checkpoints"))
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+def keys_like(incomplete: str) -> list[str]:
+    """Return `section.key=` of the keys that begin so, for a shell to complete."""
+    sections = Config.model_fields.items()
+    keys = [f"{name}.{key}=" for name, field in sections for key in field.annotation.model_fields]
+    return [key for key in keys if key.startswith(incomplete)]
+
+
+def sampling_options(command: Callable) -> Callable:
+    """Give a command an option for each key of the config's section `sampling`.
+
+    The command takes them as `sampling`: a dict of those that were given.
+    """
+    fields = SamplingConfig.model_fields
+    parameters = dict(inspect.signature(command).parameters)
+    del parameters["sampling"]
+    for name, field in fields.items():
+        rules = {k: getattr(m, k) for m in field.metadata for k in ("ge", "le") if hasattr(m, k)}
+        limits = {{"ge": "min", "le": "max"}[k]: rule for k, rule in rules.items()}
+        option = typer.Option(help=f"{field.description}.", **limits)
+        parameters[name] = inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[field.annotation | None, option],
+        )
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        chosen = {name: given.pop(name) for name in fields}
+        command(sampling={k: v for k, v in chosen.items() if v is not None}, **given)
+
+    ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
+    with_options.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {name: p.annotation for name, p in parameters.items()}
+    return with_options
+
+
+def usable_device(device: str) -> str:
+    """Return the device that is meant; ValueError where it cannot be used here.
+
+    Nothing is put on it: that would open a context there, in each of several processes.
+    """
+    import torch
+
+    there = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    if device == "auto":
+        return next(kind for kind, count in there.items() if count)
+    kind, colon, index = device.partition(":")
+    if kind not in there or (colon and not index.isdigit()) or int(index or 0) >= there[kind]:
+        names = [k if n == 1 else f"{k}:0 ... {k}:{n - 1}" for k, n in there.items() if n]
+        raise ValueError(f"--device {device} cannot be used here; there are: {', '.join(names)}")
+    return device
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds of '0-2,7': [0, 1, 2, 7]."""
+    seeds: dict[int, None] = {}
+    most = 10_000_000
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"--seeds {text!r}: {part!r} is neither 7 nor 0-63")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if len(seeds) + last - first >= most or last >= 2**63:
+            raise ValueError(f"--seeds {text!r}: at most {most:,} of them, each below 2^63")
+        seeds |= dict.fromkeys(range(first, last + 1))
+    return list(seeds)
+
+
+def which_model(checkpoint: Path | None, run_name: str | None) -> Path:
+    """Return what the line asks for; ValueError where it asks for nothing, or for two things."""
+    logs, runs = Path("lightning_logs"), run_names()
+    if (checkpoint is None) == (run_name is None):
+        there = f" (there are: {', '.join(runs)})" if runs else ""
+        raise ValueError(f"give a checkpoint or a --run-name{there}, one of them")
+    if run_name and run_name not in runs:
+        raise FileNotFoundError(f"no run {run_name!r} in {logs}{did_you_mean(run_name, runs)}")
+    return checkpoint or logs / str(run_name)
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SECTION.KEY=VALUE",
+        help="Values that win over the file's.",
+        autocompletion=keys_like,
+    ),
+]
+Weights = Annotated[
+    Literal["ema", "raw"], typer.Option(help="The EMA, or the last training weights.")
+]
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option(help="Precision of the network; auto: bfloat16 where the hardware multiplies it."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**62, help="Seed of the first image; each next one has 1 more.")
+]

@@ -1,0 +1,94 @@
+"""A folder of numbered images, all of one recipe: what is missing is made, nothing is replaced."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from generation.images import image_file, read_images, write_png
+
+BESIDE = "grid.png", "images.npz", "pictures.npz", "chain.gif", "enlarged"
+
+
+class OtherRecipe(ValueError):
+    """An image in the way was made by another recipe."""
+
+
+def free_folder(name: str, seeds: Sequence[int], recipe: dict) -> tuple[Path, list[int]]:
+    """Return `name`, name-2, ...: the first without another recipe's images, and what it lacks."""
+    for number in itertools.count(1):
+        folder = Path(name if number == 1 else f"{name}-{number}")
+        try:
+            return folder, missing_seeds(folder, seeds, recipe)
+        except OtherRecipe:
+            pass
+    raise AssertionError
+
+
+def missing_seeds(folder: Path, seeds: Sequence[int], recipe: dict) -> list[int]:
+    """Return the seeds without a good image of this recipe.
+
+    Raises:
+        OtherRecipe: a folder is one recipe's, and nothing is overwritten.
+        ValueError: it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and images go into a folder; choose another")
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [seed for seed in seeds if not is_good(image_file(folder, seed), recipe)]
+    there, asked = (p for p in folder.glob("*.png") if p.stem.isdigit()), set(seeds)
+    another = next((p for p in there if int(p.stem) not in asked), None)
+    ours = len(missing) < len(seeds) or (another and is_good(another, recipe))
+    copies = [folder / name for name in BESIDE]
+    copies += [image_file(folder, seed).with_suffix(".jpg") for seed in seeds]
+    if not ours and (foreign := next((path for path in copies if path.exists()), None)):
+        raise OtherRecipe(f"{foreign} is in the way; choose another --output-dir, or delete it")
+    return missing
+
+
+def is_good(path: Path, recipe: dict) -> bool:
+    """Tell whether a whole image of this recipe is there; OtherRecipe where it is of another."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            other = json.loads(image.info.get("recipe", "{}"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        if path.read_bytes()[:4] in (b"", b"\x89PNG"):
+            return False  # cut short
+        raise OtherRecipe(f"{path} is not an image; choose another --output-dir") from None
+    changed = [
+        f"{key} {other.get(key)} -> {value}"
+        for key, value in recipe.items()
+        if key != "checkpoint" and other.get(key) != value
+    ]
+    if changed:
+        raise OtherRecipe(
+            f"{path} was made by another recipe ({', '.join(changed)}); "
+            "choose another --output-dir, or delete it"
+        )
+    return True
+
+
+def fill(
+    folder: Path,
+    batches: Sequence[Sequence[int]],
+    missing: set[int],
+    recipe: dict,
+    make: Callable[[list[int]], Tensor],
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (seeds, images) of each batch, as `generate` does; what is missing is made and written.
+
+    Args:
+        make: seeds -> uint8 [B, C, H, W].
+    """
+    for batch in batches:
+        new = [seed for seed in batch if seed in missing]
+        if new:
+            for seed, pixels in zip(new, make(new), strict=True):
+                write_png(image_file(folder, seed), pixels, recipe | {"seed": seed})
+        yield list(batch), read_images(folder, batch)

@@ -1,0 +1,5 @@
+"""Fast paths for the CPU."""
+
+from kernels.norm_silu import GroupNorm
+
+__all__ = ["GroupNorm"]

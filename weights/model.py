@@ -1,0 +1,104 @@
+"""A trained model, ready to call."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from config import Config
+from diffusion_utils import GaussianDiffusion
+from model import Network, at_precision, build_network, exact_float32, has_bf16
+from weights.load import ModelFiles, copy_tensors, read_model
+
+
+class Model(nn.Module):
+    """A network with trained weights, its process and its config; it answers in float32.
+
+    Attributes:
+        network: (x_t, t) -> F, the bare prediction.
+        diffusion: the process.
+        config: the whole run's.
+        weights: "ema", what the paper samples, or "raw", the last training weights.
+        step: training steps that it has seen; 0 where its files do not say.
+        notes: what was assumed where its files are silent.
+    """
+
+    def __init__(self, network: Network, config: Config, *, weights: str, step: int, notes: list):
+        super().__init__()
+        self.network, self.config = network, config
+        self.diffusion = GaussianDiffusion(**config.diffusion.model_dump())
+        self.weights, self.step, self.notes = weights, step, notes
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of its images."""
+        data = self.config.dataset
+        return data.channels, data.image_size, data.image_size
+
+    def forward(self, x_t: Tensor, t: Tensor | int) -> Tensor:
+        """Return eps_hat [B, C, H, W], whatever the network predicts.
+
+        Args:
+            x_t: [B, C, H, W]. t: [B] or one for all, 0-based.
+        """
+        return self.diffusion.predict_eps(x_t, t, self._predict(x_t, t))
+
+    def predict_x_0(self, x_t: Tensor, t: Tensor | int) -> Tensor:
+        """Return x0_hat [B, C, H, W], not clipped."""
+        return self.diffusion.predict_x_0(x_t, t, self._predict(x_t, t))
+
+    def _predict(self, x_t: Tensor, t: Tensor | int) -> Tensor:
+        times = torch.tensor([t], device=x_t.device) if isinstance(t, int) else t
+        with exact_float32():
+            return self.network(x_t, times)
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits of the weights and the process."""
+        digest = hashlib.sha256(json.dumps(self.config.diffusion.model_dump()).encode())
+        for name, tensor in self.network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_model(
+    source: str | Path,
+    weights: Literal["ema", "raw"] = "ema",
+    precision: Literal["float32", "bfloat16", "auto"] = "float32",
+) -> Model:
+    """Load a trained model, on the CPU, ready to call.
+
+    Args:
+        source: a checkpoint, a run's folder, or anything else that `read_model` knows.
+        weights: the EMA, which the paper samples, or the raw weights.
+        precision: float32 answers the same on every machine; bfloat16 is faster where the hardware
+            multiplies it, which auto finds out.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_model`.
+    """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights {weights!r} is not ema or raw")
+    found = read_model(source)
+    if found.only == "ema" and weights == "raw":
+        raise ValueError(f"{source} holds the EMA alone: leave raw out")
+    model = model_of(found, weights=found.only or weights)
+    if precision == "auto":
+        precision = "bfloat16" if has_bf16(model.device) else "float32"
+    model.network = at_precision(model.network, precision)
+    return model
+
+
+def model_of(found: ModelFiles, *, weights: str) -> Model:
+    """Build the model of files that have been read; no random weights are drawn."""
+    network = build_network(found.config, "meta")
+    copy_tensors(network, found.ema if weights == "ema" else found.raw, found.path)
+    network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return Model(network, found.config, weights=weights, step=found.step, notes=found.notes)
