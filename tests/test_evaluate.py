@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch_fidelity
 from PIL import Image
+from processes import PROJECT, start
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import assert_same, train
@@ -26,8 +26,6 @@ from data import Data
 from likelihood import bits_per_dim
 from metrics import INCEPTION
 from pl_utils import load_ddpm
-
-PROJECT = Path(__file__).parent.parent
 
 
 class Net(nn.Module):
@@ -306,12 +304,12 @@ def test_two_processes_are_one(place):
         ("two", [], "2"),
         ("three", ["-m", "torch.distributed.run", "--nproc-per-node", "3"], "1"),
     ):
-        result = subprocess.run(
-            [sys.executable, *launcher, script, *line.split(), "--device", "cpu",
-             "--devices", devices, "--output", name, "--batch-size", "4"],
-            cwd=place, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stdout + result.stderr
+        command = [
+            sys.executable, *launcher, script, *line.split(), "--device", "cpu",
+            "--devices", devices, "--output", name, "--batch-size", "4",
+        ]  # fmt: skip
+        with start(command, place) as process:
+            process.finish(timeout=300)
         found[name] = json.loads((place / name / "metrics.json").read_text())
     assert [facts["devices"] for facts in found.values()] == [1, 2, 3]
     one, *others = map(values, found.values())
@@ -326,12 +324,10 @@ def test_two_processes_evaluate_while_training_as_one(place):
         f"training.evaluate_every=3 training.evaluate_images=9 training.extractor={place}/net.pt"
     )
     for devices in ("1", "2"):
-        result = subprocess.run(
-            [sys.executable, str(PROJECT / "train.py"), *line.split(),
-             f"training.devices={devices}", "--run-name", f"on-{devices}"],
-            cwd=place, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stdout + result.stderr
+        command = [sys.executable, PROJECT / "train.py", *line.split()]
+        command += [f"training.devices={devices}", "--run-name", f"on-{devices}"]
+        with start(command, place) as process:
+            process.finish(timeout=300)
     one, two = (last_values(place / "lightning_logs" / f"on-{n}") for n in (1, 2))
     assert "evaluation/FID-9 dpm++ 20" in one
     assert two == pytest.approx(one, rel=1e-3)
