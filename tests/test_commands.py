@@ -284,7 +284,7 @@ def test_sample_fills_what_is_missing(place, monkeypatch):
 )
 def test_sample_options(place, options, tmp_path, monkeypatch):
     checkpoint = "lightning_logs/smoke/checkpoints/last.ckpt"
-    arguments = f"{checkpoint} --num-images 3 --seed 2 --output-dir {tmp_path} {options}"
+    arguments = f"{checkpoint} --num-images 3 --seed 2 --output-dir '{tmp_path}' {options}"
     invoke(f"sample.py {arguments}", place, monkeypatch, code=0)
     assert sorted(pictures(tmp_path)) == ["000002.png", "000003.png", "000004.png"]
     assert (tmp_path / "grid.png").exists() == ("--no-grid" not in options)

@@ -31,7 +31,7 @@ from pl_utils import DDPM, SeedNoise, load_ddpm
 
 def export(source: Path, folder: Path, monkeypatch, *options: str) -> str:
     return invoke(
-        f"convert.py export {source} {folder} {' '.join(options)}", Path(), monkeypatch, 0
+        f"convert.py export '{source}' '{folder}' {' '.join(options)}", Path(), monkeypatch, 0
     )
 
 
@@ -95,7 +95,7 @@ def test_import_of_export_is_the_same(small, weights, tmp_path, monkeypatch):
     for format, out in (("diffusers", "folder"), ("safetensors", "one.safetensors")):
         options = ("--format", format, "--weights", weights)
         export(small, tmp_path / out, monkeypatch, *options)
-        command = f"convert.py import {tmp_path / out} {tmp_path / out}.ckpt"
+        command = f"convert.py import '{tmp_path / out}' '{tmp_path / out}.ckpt'"
         invoke(command, Path(), monkeypatch, 0)
         for source in (tmp_path / out, tmp_path / f"{out}.ckpt"):
             after = load_ddpm(source)
@@ -186,7 +186,7 @@ def test_a_pipeline_draws_our_picture(tmp_path, monkeypatch):
     pipeline.set_progress_bar_config(disable=True)
     theirs = np.asarray(pipeline(num_inference_steps=8).images[0])
     options = "--num-images 1 --seed 7 --timesteps 8 --spacing uniform --output-dir pictures"
-    invoke(f"sample.py {tmp_path / 'out'} {options}", tmp_path, monkeypatch, 0)
+    invoke(f"sample.py '{tmp_path}/out' {options}", tmp_path, monkeypatch, 0)
     ours = np.asarray(Image.open(tmp_path / "pictures" / "000007.png"))
     assert ours.std() > 20
     difference = np.abs(ours.astype(int) - theirs)

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 from shutil import copy
@@ -40,7 +41,7 @@ def commands(page: Path) -> list[str]:
 
 def invoke(command: str) -> None:
     """In this process; long runs are cut short."""
-    script, *arguments = command.split()
+    script, *arguments = shlex.split(command)
     name = script.removesuffix(".py")
     if not re.search(r"configs/smoke|lightning_logs/smoke", command):
         arguments += SHORT.get(name, "").split()

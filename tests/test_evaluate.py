@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import sys
 import warnings
@@ -92,7 +93,7 @@ def run(place, monkeypatch):
 
     def run(line, code=0):
         device = "" if "--device" in line else "--device cpu"
-        result = CliRunner().invoke(evaluate.app, f"{line} {device}".split())
+        result = CliRunner().invoke(evaluate.app, shlex.split(f"{line} {device}"))
         assert result.exit_code == code, result.output
         assert result.exception is None or isinstance(result.exception, SystemExit)
         folder = re.search(r"^output: (.*)$", result.output, re.M)
@@ -305,7 +306,7 @@ def test_two_processes_are_one(place):
         ("three", ["-m", "torch.distributed.run", "--nproc-per-node", "3"], "1"),
     ):
         command = [
-            sys.executable, *launcher, script, *line.split(), "--device", "cpu",
+            sys.executable, *launcher, script, *shlex.split(line), "--device", "cpu",
             "--devices", devices, "--output", name, "--batch-size", "4",
         ]  # fmt: skip
         with start(command, place) as process:
@@ -321,10 +322,10 @@ def test_two_processes_are_one(place):
 def test_two_processes_evaluate_while_training_as_one(place):
     line = (
         "configs/smoke.yml training.accelerator=cpu training.max_steps=3 model.dropout=0.0 "
-        f"training.evaluate_every=3 training.evaluate_images=9 training.extractor={place}/net.pt"
+        f"training.evaluate_every=3 training.evaluate_images=9 'training.extractor={place}/net.pt'"
     )
     for devices in ("1", "2"):
-        command = [sys.executable, PROJECT / "train.py", *line.split()]
+        command = [sys.executable, PROJECT / "train.py", *shlex.split(line)]
         command += [f"training.devices={devices}", "--run-name", f"on-{devices}"]
         with start(command, place) as process:
             process.finish(timeout=300)
@@ -359,7 +360,7 @@ def inception(tmp_path_factory):
 
 
 def test_inception_from_a_file(run, inception):
-    output, facts = run(f"low --num-images 2 --metrics is --extractor-weights {inception}")
+    output, facts = run(f"low --num-images 2 --metrics is --extractor-weights '{inception}'")
     assert facts["recipe"]["extractor"]["name"] == INCEPTION
     digest = hashlib.sha256(inception.read_bytes()).hexdigest()
     assert f"features: {INCEPTION}, sha256 {digest}" in output
@@ -373,7 +374,7 @@ def test_inception_is_torch_fidelitys(place, run, inception):
         for path in sorted((place / name).glob("*.png"))[:50]:
             shutil.copy(path, place / f"few-{name}")
     line = "few-low --reference few-high --metrics fid,is,kid,pr --batch-size 25"
-    found = values(run(f"{line} --extractor-weights {inception}")[1])
+    found = values(run(f"{line} --extractor-weights '{inception}'")[1])
     wanted = torch_fidelity.calculate_metrics(
         input1=str(place / "few-low"), input2=str(place / "few-high"), kid_subset_size=50,
         isc=True, fid=True, kid=True, prc=True, cuda=False, cache=False, save_cpu_ram=True,

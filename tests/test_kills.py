@@ -85,7 +85,7 @@ def test_a_full_disk_is_said(place):
         good = re.search(r"the last checkpoint: (\S+)", output)[1]
         torch.load(place / good, weights_only=True)
         assert not list((disk / "full" / "checkpoints").glob(".*.tmp"))
-        output = run(f"python sample.py disk/full --num-images 1 --output-dir {place}/s", place)
+        output = run(f"python sample.py disk/full --num-images 1 --output-dir '{place}/s'", place)
         assert Path(good).name[5:13].lstrip("0") in output
     finally:
         run(["umount", "-l", disk], place)
