@@ -59,12 +59,14 @@ class Process:
         return self._popen.poll()
 
     def fail(self, reason: str) -> None:
-        pytest.fail(f"{self.command}\n{reason}; printed so far:\n{self.output}", pytrace=False)
+        __tracebackhide__ = True  # the line of the test is what counts
+        pytest.fail(f"{self.command}\n{reason}; printed so far:\n{self.output}")
 
     def wait_until(
         self, condition: Callable[[], bool], what: str, timeout: float = 60, pause: float = 0.01
     ) -> None:
         """Wait for a condition; fail when the time is up or the child ends before it holds."""
+        __tracebackhide__ = True
         limit = time.monotonic() + timeout
         while not condition():
             if self.returncode is not None:
@@ -78,6 +80,7 @@ class Process:
 
     def wait_for(self, text: str, timeout: float = 60) -> None:
         """Wait until the output so far contains `text`."""
+        __tracebackhide__ = True
         self.wait_until(lambda: text in self.output, repr(text), timeout)
 
     def send(self, signum: int) -> None:
@@ -98,10 +101,11 @@ class Process:
         Returns:
             All that was printed.
         """
+        __tracebackhide__ = True
         limit = time.monotonic() + timeout
-        try:
-            found = self._popen.wait(timeout)
-        except subprocess.TimeoutExpired:
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(timeout)
+        if (found := self.returncode) is None:
             self.fail(f"it did not end in {timeout:g} s")
         self._reader.join(max(1, limit - time.monotonic()))
         if self._reader.is_alive():

@@ -159,8 +159,9 @@ def test_slurm_requeues_and_the_job_goes_on(place):
         "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost",
     }  # fmt: skip
     environment = {**slurm, "PATH": f"{stub.parent}:{os.environ['PATH']}"}
-    arguments = f"{LONG} training.max_steps=400 --run-name job"
-    run(f"python train.py {LONG} training.max_steps=400 --run-name calm", place)
+    short = f"{LONG} training.max_steps=200 training.validate_every=100"
+    arguments = f"{short} --run-name job"
+    run(f"python train.py {short} --run-name calm", place, timeout=120)
     with start(f"python train.py {arguments}", place, env=environment) as process:
         process.wait_for("step 20 of")
         process.send_group(signal.SIGUSR1)  # loader workers get it, too

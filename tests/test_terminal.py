@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from processes import PROJECT, run, start
@@ -67,6 +68,9 @@ def test_a_reader_that_leaves_and_letters_that_a_terminal_lacks(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_ctrl_c_while_packages_are_imported(tmp_path):
     with start([sys.executable, PROJECT / "dataset.py", SMOKE], tmp_path) as process:
-        time.sleep(1.5)
+        if (maps := Path(f"/proc/{process.pid}/maps")).exists():
+            process.wait_until(lambda: "libtorch" in maps.read_text(), "import of torch")
+        else:
+            time.sleep(1.5)
         process.send(signal.SIGINT)
         assert "Traceback" not in process.finish(130)
