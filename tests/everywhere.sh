@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Runs the tests as machines differ: with and without bfloat16, older CPUs, more threads.
-# usage: everywhere.sh PYTHON [pytest arguments]   All parts run; the exit code is 1 if one failed.
+# usage: everywhere.sh PYTHON   All parts run; the exit code is 1 if one failed.
 set -u
 cd "$(dirname "$0")/.."
 python=$1
-shift
 failed=0
 # what computes with the network, and so depends on the CPU's instructions and threads
 numbers=(model diffusion training speed likelihood checkpoints convert dialects evaluate commands)
@@ -14,7 +13,7 @@ part() {  # NAME=VALUE... [tests]: the settings, then what pytest is given
   while [[ ${1-} == *=* ]]; do settings+=("$1"); shift; done
   local what="${settings[*]}: ${*:-the suite}"
   echo "== $what"
-  if env "${settings[@]}" "$python" -m pytest -n 2 --dist loadfile "${extra[@]}" "$@" </dev/null; then
+  if env "${settings[@]}" "$python" -m pytest -n 2 --dist loadfile "$@" </dev/null; then
     echo "== $what: passed"
   else
     echo "== $what: FAILED"
@@ -22,7 +21,6 @@ part() {  # NAME=VALUE... [tests]: the settings, then what pytest is given
   fi
 }
 
-extra=("$@")
 files=("${numbers[@]/#/tests/test_}")
 files=("${files[@]/%/.py}")
 for bf16 in 0 1; do part DDPM_BF16=$bf16 OMP_NUM_THREADS=1; done

@@ -1,6 +1,7 @@
 """What starts the commands of other tests: signals arrive, waits end, nothing stays behind."""
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -79,3 +80,23 @@ def test_children_die_with_pytest(tmp_path):
         process.send(signal.SIGKILL)
         process.finish(-signal.SIGKILL)
         ended(child)
+
+
+def test_every_part_of_everywhere_runs_and_a_failure_is_kept(tmp_path):
+    """`make test-everywhere` with a pytest that fails on one CPU, and names files that exist."""
+    python = tmp_path / "python"
+    fails = 'test "$ATEN_CPU_CAPABILITY" != default'
+    python.write_text(f"#!/bin/sh\necho \"$@\" >> '{tmp_path}/calls'\n{fails}\n")
+    python.chmod(0o755)
+    said = run(["bash", PROJECT / "tests" / "everywhere.sh", python], tmp_path, code=1)
+    results = re.findall(r"^== (.+?): .*: (passed|FAILED)$", said, re.M)
+    assert results == [
+        ("DDPM_BF16=0 OMP_NUM_THREADS=1", "passed"),
+        ("DDPM_BF16=1 OMP_NUM_THREADS=1", "passed"),
+        ("ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1", "FAILED"),
+        ("ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1", "passed"),
+        ("OMP_NUM_THREADS=2", "passed"),
+        ("OMP_NUM_THREADS=4", "passed"),
+    ]
+    files = set(re.findall(r"tests/\S+\.py", (tmp_path / "calls").read_text()))
+    assert len(files) >= 10 and all((PROJECT / file).exists() for file in files)
