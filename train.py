@@ -211,7 +211,9 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, weights, consol
                 (run / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
                 console.print(f"details: {run / 'error.log'}")
         if last_checkpoint:
-            console.print(f"the last checkpoint: {last_checkpoint}\nto go on: {goes_on}")
+            console.print(f"the last checkpoint: {last_checkpoint}")
+        if last_checkpoint or (isinstance(error, OSError) and (run / "config.yml").is_file()):
+            console.print(f"to go on: {goes_on}")
 
     trainer = build_trainer(
         config, run, console, resumed_from=checkpoint_path, step=step, on_failure=report
@@ -242,9 +244,9 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, weights, consol
 
 def goes_on_from(path: Path) -> bool:
     """Whether `path` holds a run's whole state, rather than weights alone."""
-    from checkpoint import can_continue
+    from checkpoint import can_continue, up_to_date
 
-    return (path / "checkpoints").is_dir() or can_continue(path)
+    return (path / "checkpoints").is_dir() or can_continue(up_to_date(path))
 
 
 def fine_tune(ddpm, source, console: Console) -> None:
@@ -288,7 +290,7 @@ def find_run(
     results: Path, name: str, run_name: str | None, checkpoint: Path | None
 ) -> tuple[Path, Path | None]:
     """The folder to go on in, and the checkpoint to go on from; None is from the start."""
-    from checkpoint import newest_checkpoint
+    from checkpoint import newest_checkpoint, up_to_date
 
     if checkpoint is None:
         runs = runs_of(results, name, run_name)
@@ -303,7 +305,7 @@ def find_run(
         return runs[0], newest_checkpoint(runs[0])
     if checkpoint.is_dir():
         checkpoint = newest_checkpoint(checkpoint)
-    elif not checkpoint.is_file():
+    elif not (checkpoint := up_to_date(checkpoint)).is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
     home = checkpoint.parent.parent
     inside = checkpoint.parent.name == "checkpoints" and (home / "config.yml").is_file()
@@ -330,7 +332,7 @@ def runs_of(results: Path, name: str, run_name: str | None) -> list[Path]:
     """The folders that --continue-training can mean, the one last worked on first."""
     runs = [p for p in results.glob(f"{name}*") if p.name == name or is_numbered(p.name, name)]
     runs = [results / name] if run_name else sorted(runs, key=last_change, reverse=True)
-    return [run for run in runs if last_change(run)]
+    return [run for run in runs if run.is_dir()]  # one without marks failed at its first write
 
 
 def is_numbered(folder: str, name: str) -> bool:

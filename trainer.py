@@ -19,6 +19,7 @@ from callbacks import Checkpoints, Monitor, Previews
 from checkpoint import read_checkpoint, write_checkpoint
 from config import Config, divisors
 from evaluation import Evaluation
+from files import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -115,8 +116,8 @@ def run_id(run: Path) -> str:
     """8 hexadecimal digits that stay with the folder, so that a resumed run goes on in its page."""
     file = run / ".id"
     if not file.exists():
-        run.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(4))
+        with atomic_write(file) as temporary:
+            temporary.write_text(secrets.token_hex(4))
     return file.read_text()
 
 
