@@ -110,17 +110,18 @@ def train(
         name = check_name(run_name or config_file.stem)
 
         requeued = os.environ.get("SLURM_RESTART_COUNT", "0").strip("0").isdigit()
-        requeued = requeued and bool(runs_of(results, name, run_name))
+        begun = runs_of(results, name, run_name) if requeued or continue_training else []
+        requeued = requeued and bool(begun)
+        saved = bool(begun) and has_checkpoint(begun[0])
         weights = None
-        if requeued:  # whatever it began from, it has gone on since
+        if requeued and saved:  # whatever it began from, it has gone on since
             checkpoint_path = None
         elif checkpoint_path and not goes_on_from(checkpoint_path):
             from weights import read_source
 
-            begun = continue_training and bool(runs_of(results, name, run_name))
-            weights = None if begun else read_source(checkpoint_path)  # that run has gone on
+            weights = None if saved else read_source(checkpoint_path)  # that run has gone on
             checkpoint_path = None
-        if requeued or checkpoint_path or (continue_training and not weights):
+        if requeued or checkpoint_path or (continue_training and (begun or not weights)):
             run, checkpoint_path = find_run(results, name, run_name, checkpoint_path)
         else:
             run = new_run(results, name, explicit=run_name is not None)
@@ -300,7 +301,7 @@ def find_run(
                 f"no run {results / name} to continue"
                 + (f"; there are: {there}" if there else "; leave out --continue-training")
             )
-        if not any(runs[0].glob("checkpoints/*.ckpt")):  # it ended before its first checkpoint
+        if not has_checkpoint(runs[0]):  # it ended before its first
             return runs[0], None
         return runs[0], newest_checkpoint(runs[0])
     if checkpoint.is_dir():
@@ -333,6 +334,10 @@ def runs_of(results: Path, name: str, run_name: str | None) -> list[Path]:
     runs = [p for p in results.glob(f"{name}*") if p.name == name or is_numbered(p.name, name)]
     runs = [results / name] if run_name else sorted(runs, key=last_change, reverse=True)
     return [run for run in runs if run.is_dir()]  # one without marks failed at its first write
+
+
+def has_checkpoint(run: Path) -> bool:
+    return any(run.glob("checkpoints/*.ckpt"))
 
 
 def is_numbered(folder: str, name: str) -> bool:
