@@ -25,7 +25,7 @@ from torchvision.utils import make_grid
 from checkpoint import point_last_to, saved_steps
 from config import Config, TrainingConfig, to_yaml
 from diffusion_utils import GaussianDiffusion, Step, make_steps
-from files import atomic_write, remove
+from files import atomic_write, explained, remove
 
 
 class Interrupted(Exception):
@@ -239,7 +239,8 @@ class Monitor(pl.Callback):
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):
                 text = "\n".join(f"    {line}" for line in to_yaml(self.whole).splitlines())
-                logger.experiment.add_text("config", text, trainer.global_step)
+                with explained(self.run, kept=False):
+                    logger.experiment.add_text("config", text, trainer.global_step)
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(self.whole.model_dump(), allow_val_change=True)
 
@@ -313,7 +314,8 @@ class Previews(pl.Callback):
             grid = picture_grid(module.sample(steps, list(range(self.config.preview_images))))
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(f"samples/{weights}", grid, step)
+                    with explained(logger.log_dir, kept=False):
+                        logger.experiment.add_image(f"samples/{weights}", grid, step)
                 if isinstance(logger, WandbLogger):
                     picture = grid.permute(1, 2, 0).numpy()
                     logger.log_image(f"samples/{weights}", [picture], step)

@@ -50,6 +50,7 @@ def up_to_date(path: Path) -> Path:
     last = _peek(path)
     # one that is damaged is not behind: whoever reads it says so
     there = last["global_step"] if is_checkpoint(last) else math.inf if path.exists() else -1
+    del last  # Windows replaces no file that is mapped
     for newest in reversed([step for step in steps if int(step.stem[5:]) > there]):
         try:
             read_checkpoint(newest)

@@ -43,15 +43,17 @@ def explained(path: str | Path, *, kept: bool = True) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        cause = error  # torch hides a full disk behind an error of its own
+    except Exception as error:
+        cause = error  # torch and Lightning hide a full disk behind errors of their own
         while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
+            shown = None if cause.__suppress_context__ else cause.__context__
+            cause = cause.__cause__ or shown
         if cause is None or str(cause).startswith("cannot write "):
             raise
         reason = cause.strerror or str(cause)
-        if cause.filename and not same_place(cause.filename, path):
-            reason += f" ({cause.filename})"
+        inside = os.fsdecode(cause.filename) if cause.filename else None
+        if inside and not same_place(inside, path):
+            reason += f" ({inside})"
         intact = "; what was there before is intact" if kept and os.path.lexists(path) else ""
         kind = type(OSError(cause.errno, "")) if cause.errno else OSError
         told = kind(f"cannot write {path}: {reason}; {advice(cause.errno)}{intact}")

@@ -206,6 +206,8 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, weights, consol
     def report(error: BaseException, last_checkpoint: Path | None) -> None:
         if isinstance(error, Interrupted | KeyboardInterrupt):
             return
+        if isinstance(error, OSError) and error.strerror and not error.filename:
+            error.filename = str(run)  # a write that fails does not know of what
         fail(error)
         if not isinstance(error, EXPECTED):
             with suppress(OSError):  # the disk may be what failed

@@ -19,7 +19,7 @@ from callbacks import Checkpoints, Monitor, Previews
 from checkpoint import read_checkpoint, write_checkpoint
 from config import Config, divisors
 from evaluation import Evaluation
-from files import atomic_write
+from files import atomic_write, explained
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -80,7 +80,7 @@ def build_trainer(
             limit_val_batches=1.0 if training.validate_every else 0,
             num_sanity_val_steps=0,
             callbacks=callbacks,
-            logger=[build_logger(kind, run, step) for kind in training.logger],
+            logger=[naming(build_logger(kind, run, step), run) for kind in training.logger],
             plugins=plugins,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -109,6 +109,13 @@ def build_logger(kind: str, run: Path, step: int) -> Logger:
         purge_step=step + 1 if step else None,  # what was logged past the checkpoint
     )
     logger.save = lambda: None  # it would write an empty hparams.yaml; ours is config.yml
+    return logger
+
+
+def naming(logger: Logger, run: Path) -> Logger:
+    """Make errors of the system in `logger` name the run's folder and say what to do."""
+    for name in ("log_metrics", "save", "finalize"):
+        setattr(logger, name, explained(run, kept=False)(getattr(logger, name)))
     return logger
 
 

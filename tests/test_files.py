@@ -1,7 +1,9 @@
 """Files are written whole or not at all; a last.ckpt that was left behind is mended."""
 
 import errno
+import io
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -196,6 +198,19 @@ def test_after_a_failed_write_it_goes_on(name, tmp_path, monkeypatch):
     assert code == 0, said
     assert ("has all 6 steps" in said) == ("was missing" in said) == (name == "last.ckpt")
     assert_same(state(tmp_path, "calm"), state(tmp_path, "r"))
+
+
+@pytest.mark.parametrize("mode", ["w", "a"])  # TensorBoard's first write, a later one
+def test_a_log_that_cannot_be_written_is_named(mode, tmp_path, monkeypatch, capfd):
+    events = lambda path, how="r", *_: "events.out" in str(path) and mode in how
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", failing(io.open, errno.EMFILE, events))
+        code, said = train_in(tmp_path, monkeypatch, "training.logger=tensorboard --run-name r")
+    said += capfd.readouterr().err
+    assert code in (1, 2)
+    assert "Traceback" not in said
+    assert said.count("error: ") == 1
+    assert re.search(r"error: .*lightning_logs/r: Too many open files; allow more .*again", said)
 
 
 def test_fine_tuning_that_failed_at_its_first_write_is_fine_tuning(tmp_path, monkeypatch):
