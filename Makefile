@@ -1,12 +1,12 @@
 # make demo: train on handwritten digits and look at what the model draws, in minutes.
-# make test: the test suite.
+# make test: the test suite; make test-everywhere: as it runs on other CPUs, too.
 # Both set up .venv first, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := digits-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test slow lint
+.PHONY: demo test test-everywhere slow lint
 
 demo: .venv/ready
 	$(BIN)/python train.py configs/digits.yml --run-name $(RUN)
@@ -19,6 +19,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-everywhere: .venv/ready
+	tests/everywhere.sh $(BIN)/python
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +22,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
-from checkpoint import saved_steps
+from checkpoint import point_last_to, saved_steps
 from config import Config, TrainingConfig, to_yaml
 from diffusion_utils import GaussianDiffusion, Step, make_steps
+from files import atomic_write, explained, remove
 
 
 class Interrupted(Exception):
@@ -83,9 +83,9 @@ class Checkpoints(pl.Callback):
                     names = (path.with_name(f"{path.name}.aside{n}") for n in chain([""], count(2)))
                     print(f"set aside: {path.rename(next(p for p in names if not p.exists()))}")
             if here.exists():
-                self._point_last_to(here)
+                point_last_to(here)
             for leftover in self.folder.glob(".*.tmp"):
-                leftover.unlink()
+                remove(leftover)
 
     def _receive(self, signum: int, _) -> None:
         if self._received and signum == getattr(signal, "SIGHUP", None):
@@ -124,9 +124,9 @@ class Checkpoints(pl.Callback):
         trainer.save_checkpoint(path)
         self.last = path
         if trainer.is_global_zero:
-            self._point_last_to(path)
+            point_last_to(path)
             for old in saved_steps(self.folder)[: -self.config.keep_checkpoints]:
-                old.unlink()
+                remove(old)  # or after the next
 
     def _end_if(self, signum: int, trainer) -> None:
         if signum == signal.SIGUSR1 and trainer.is_global_zero:
@@ -136,15 +136,6 @@ class Checkpoints(pl.Callback):
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.ckpt"
-
-    def _point_last_to(self, path: Path) -> None:
-        link = self.folder / ".last.tmp"
-        link.unlink(missing_ok=True)
-        try:
-            os.link(path, link)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, link)
-        link.replace(self.folder / "last.ckpt")
 
     def on_exception(self, trainer, module, exception: BaseException) -> None:
         self.teardown()
@@ -243,13 +234,13 @@ class Monitor(pl.Callback):
             f"{training.learning_rate:g}, EMA {training.ema_decay}, seed {training.seed}"
         )
         if trainer.is_global_zero:  # a folder with this file holds a run
-            self.run.mkdir(parents=True, exist_ok=True)
-            (self.run / ".config.tmp").write_text(to_yaml(self.whole), encoding="utf-8")
-            (self.run / ".config.tmp").replace(self.run / "config.yml")
+            with atomic_write(self.run / "config.yml") as temporary:
+                temporary.write_text(to_yaml(self.whole), encoding="utf-8")
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):
                 text = "\n".join(f"    {line}" for line in to_yaml(self.whole).splitlines())
-                logger.experiment.add_text("config", text, trainer.global_step)
+                with explained(self.run, kept=False):
+                    logger.experiment.add_text("config", text, trainer.global_step)
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(self.whole.model_dump(), allow_val_change=True)
 
@@ -324,7 +315,8 @@ class Previews(pl.Callback):
             grid = picture_grid(module.sample(steps, seeds, net=net))
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(f"samples/{weights}", grid, step)
+                    with explained(logger.log_dir, kept=False):
+                        logger.experiment.add_image(f"samples/{weights}", grid, step)
                 if isinstance(logger, WandbLogger):
                     picture = grid.permute(1, 2, 0).numpy()
                     logger.log_image(f"samples/{weights}", [picture], step)

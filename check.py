@@ -15,6 +15,7 @@ from rich.console import Console
 from torch.utils.data import Dataset
 
 from config import WITH_TEST_SET, Config
+from files import atomic_write
 from sources import Source, in_threads
 
 MIRROR_MATTERS = ("digits", "mnist")
@@ -237,7 +238,9 @@ def write_contact_sheet(pictures: Dataset, path: Path) -> None:
     """As a PNG that says what it is."""
     text = PngInfo()
     text.add_text("Title", TITLE)
-    contact_sheet(pictures).save(path, pnginfo=text)
+    sheet = contact_sheet(pictures)
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="PNG", pnginfo=text)
 
 
 def is_contact_sheet(path: Path) -> bool:

@@ -1,35 +1,69 @@
 """What a checkpoint file is: plain data, written whole or not at all, read without running it."""
 
+import math
 import os
 import pickle
 import re
+import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from files import atomic_write
+
 
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
-    """Beside its place, forced to disk, then renamed: a name never holds half a file.
+    """Write a checkpoint whole or not at all.
 
     Raises:
         OSError: it could not be written; nothing has changed.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        # torch hides a full disk behind an error of its own
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = getattr(cause, "strerror", None) or cause
-        raise OSError(f"cannot write {path}: {reason}; checkpoints before it are intact") from None
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        torch.save(checkpoint, file)
+
+
+def point_last_to(path: Path) -> None:
+    """Make the last.ckpt beside `path` a second name of it; a copy where links cannot be made.
+
+    Raises:
+        OSError: it could not be written; nothing has changed.
+    """
+    with atomic_write(path.with_name("last.ckpt"), unique=True) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+
+def up_to_date(path: Path) -> Path:
+    """Return `path`, or the newest whole checkpoint beside a last.ckpt that is missing or behind.
+
+    So it is left where the rename of last.ckpt failed. It is mended where the folder can be
+    written, and said.
+    """
+    steps = saved_steps(path.parent) if path.name == "last.ckpt" else []
+    with suppress(OSError):  # nothing is there
+        if not steps or os.path.samefile(path, steps[-1]):
+            return path
+    last = _peek(path)
+    # one that is damaged is not behind: whoever reads it says so
+    there = last["global_step"] if is_checkpoint(last) else math.inf if path.exists() else -1
+    del last  # Windows replaces no file that is mapped
+    for newest in reversed([step for step in steps if int(step.stem[5:]) > there]):
+        try:
+            read_checkpoint(newest)
+        except (ValueError, OSError):
+            continue
+        was = "was missing" if there < 0 else f"was left behind at step {there:,}"
+        try:
+            point_last_to(newest)
+            print(f"{path} {was}; it is {newest.name} again")
+        except OSError:
+            print(f"{path} {was}; {newest} is taken instead")
+        return newest
+    return path
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -80,11 +114,16 @@ def read_plain(path: str | Path):
 
 def can_continue(path: Path) -> bool:
     """Whether training can go on from it: a checkpoint of ours with the optimizer inside."""
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # whoever reads it in earnest says what is wrong
-        return False
+    data = _peek(path)
     return is_checkpoint(data) and "optimizer_states" in data
+
+
+def _peek(path: Path):
+    """Return plain data without reading its tensors; None where that cannot be done."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whoever reads it in earnest says what is wrong
+        return None
 
 
 def saved_steps(folder: Path) -> list[Path]:
@@ -95,6 +134,8 @@ def saved_steps(folder: Path) -> list[Path]:
 def newest_checkpoint(run: Path) -> Path:
     """The newest checkpoint of a run's folder that can be read; says which it passes over.
 
+    A last.ckpt that is behind is mended.
+
     Raises:
         FileNotFoundError: there is none.
     """
@@ -102,6 +143,7 @@ def newest_checkpoint(run: Path) -> Path:
     for path in [*reversed(saved_steps(folder)), folder / "last.ckpt"]:
         try:
             read_checkpoint(path)
+            up_to_date(folder / "last.ckpt")
             return path
         except ValueError as error:
             print(f"passed over: {error}")

@@ -7,7 +7,6 @@ if __name__ == "__main__":
     terminal.guard()  # before a package that may be missing is imported
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from config import Config, differences, keys_like, to_yaml
+from files import atomic_write
 from terminal import fail, plain_console
 
 HELP = """
@@ -130,17 +130,10 @@ def give_out(checkpoint: str, out: Path, format: str, weights: str, license: str
     ddpm = load_ddpm(checkpoint, weights)
     ddpm.config = shareable(ddpm.config)
     write = {"diffusers": write_diffusers, "safetensors": write_safetensors, "onnx": write_onnx}
-    temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with atomic_write(out, keep_suffix=True) as temporary:
         write[format](ddpm, temporary, license)
         if out.is_dir():
             out.rmdir()
-        temporary.rename(out)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
     console.print(f"{summary(ddpm)}, {ddpm.weights} weights\nwritten and read back: {out}")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from callbacks import picture_grid
 from diffusion_utils import to_uint8
+from files import atomic_write
 
 FRAMES = 60  # of an animation, at most
 
@@ -23,18 +24,14 @@ def as_image(pixels: Tensor) -> Image.Image:
 
 def save(image: Image.Image, path: Path, **options) -> Path:
     """In the format of its suffix, complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with atomic_write(path) as temporary:
         image.save(temporary, format=Image.registered_extensions()[path.suffix], **options)
-        return temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return path
 
 
 def write_enlarged(folder: Path, seeds: list[int], pictures: Tensor, factor: int) -> Path:
     """enlarged/NNNNNN.png: whole pixels where pictures are small, smooth from 64x64 on."""
     target = folder / "enlarged"
-    target.mkdir(exist_ok=True)
     height, width = pictures.shape[2:]
     filter = Image.Resampling.NEAREST if height < 64 else Image.Resampling.LANCZOS
     for seed, pixels in zip(seeds, pictures, strict=True):
@@ -53,10 +50,8 @@ def write_jpgs(folder: Path, seeds: list[int], pictures: Tensor) -> Path:
 def write_npz(folder: Path, seeds: list[int], pictures: Tensor) -> Path:
     """pictures.npz: `arr_0`, uint8 [N, H, W, C], as evaluation suites take it, and `seeds`."""
     path = folder / "pictures.npz"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, arr_0=pictures.permute(0, 2, 3, 1).numpy(), seeds=np.array(seeds))
-    temporary.replace(path)
     return path
 
 

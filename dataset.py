@@ -10,13 +10,14 @@ if __name__ == "__main__":
 
     terminal.guard()  # before a package that may be missing is imported
 
+import errno
 import hashlib
 import itertools
 import json
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,9 +31,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from config import keys_like, load_config
+from files import atomic_write
 from named_sets import find_pictures
 from sources import Source, explain, in_threads, open_files
 from terminal import fail, plain_console
+
+# errors of the system while a file is read, which say nothing about the file
+PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class Pictures(Dataset):
@@ -211,41 +216,14 @@ def _decode(source: Source, root: str, cache: Path, progress, *, fit: str, **sha
     skipped_file = array_file.with_suffix(".json")  # written last: where it is, all is
     count = len(source.names)
     if not is_whole(array_file, skipped_file, (count, channels, size, size)):
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = array_file.with_suffix(f".{uuid.uuid4().hex}.tmp")
         for leftover in cache.glob("*.tmp"):  # of a run that was killed
-            if time.time() - leftover.stat().st_mtime > 24 * 3600:
-                leftover.unlink()
-        try:
-            array = np.lib.format.open_memmap(
-                temporary, "w+", np.uint8, (count, channels, size, size)
-            )
-            if hasattr(os, "posix_fallocate"):  # a full disk is said now, not by a dead process
-                with temporary.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-
-            def decode(row: int) -> tuple[str, str] | None:
-                try:
-                    with source.open(row) as image:
-                        if min(image.size) * 8 < size:
-                            raise ValueError(f"too small: {image.width}x{image.height} pixels")
-                        array[row] = fit_picture(image, fit=fit, **shape)
-                except Exception as error:  # a decoder can raise anything on a broken file
-                    return source.names[row], explain(error)
-
-            outcomes = in_threads(decode, count)
-            if progress:
-                outcomes = progress(outcomes, total=count)
-            skipped = dict(outcome for outcome in outcomes if outcome)
-            array.flush()
-            temporary.replace(array_file)
-        finally:
-            temporary.unlink(missing_ok=True)
-        with temporary.open("w") as file:
-            json.dump(skipped, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(skipped_file)
+            with suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > 24 * 3600:
+                    leftover.unlink()
+        with atomic_write(array_file, unique=True) as temporary:
+            skipped = _decode_into(temporary, source, progress, fit=fit, **shape)
+        with atomic_write(skipped_file, unique=True) as temporary:
+            temporary.write_text(json.dumps(skipped))
 
     skipped = json.loads(skipped_file.read_text())
     if skipped:
@@ -257,6 +235,37 @@ def _decode(source: Source, root: str, cache: Path, progress, *, fit: str, **sha
         print(f"{message}\n  They are left out.")
     rows = [row for row, name in enumerate(source.names) if name not in skipped]
     return Pictures(array_file, np.array(rows))
+
+
+def _decode_into(file: Path, source: Source, progress, *, fit: str, **shape) -> dict[str, str]:
+    """Decode all pictures into an .npy file; return the names of those left out, and why.
+
+    The memory map is closed when this returns: Windows renames no file that is mapped.
+    """
+    count, size = len(source.names), shape["image_size"]
+    shape_of_all = (count, shape["channels"], size, size)
+    array = np.lib.format.open_memmap(file, "w+", np.uint8, shape_of_all)
+    if hasattr(os, "posix_fallocate"):  # a full disk is said now, not by a dead process
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+
+    def decode(row: int) -> tuple[str, str] | None:
+        try:
+            with source.open(row) as image:
+                if min(image.size) * 8 < size:
+                    raise ValueError(f"too small: {image.width}x{image.height} pixels")
+                array[row] = fit_picture(image, fit=fit, **shape)
+        except Exception as error:  # a decoder can raise anything on a broken file
+            if isinstance(error, OSError) and error.errno in PASSING:
+                raise
+            return source.names[row], explain(error)
+
+    outcomes = in_threads(decode, count)
+    if progress:
+        outcomes = progress(outcomes, total=count)
+    skipped = dict(outcome for outcome in outcomes if outcome)
+    array.flush()
+    return skipped
 
 
 def is_whole(array_file: Path, skipped_file: Path, shape: tuple[int, ...]) -> bool:
@@ -381,7 +390,6 @@ def check_pictures(
             for name in _names(found.get(key, found["train"]), part.rows.tolist())
         ]
         check.print_values(config, train, held_out, names, console)
-        sheet.parent.mkdir(parents=True, exist_ok=True)
         check.write_contact_sheet(parts["train"], sheet)
         check.print_advice(check.advise(config, headers, train, held_out), sheet, console)
     except KeyboardInterrupt:

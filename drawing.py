@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from files import atomic_write
+
 INK, GREY, FAINT = "#1b1f24", "#6b7280", "#e5e7eb"
 OURS, THEIRS = "#2563eb", "#d97706"
 CELL = 0.62  # inches a picture
@@ -48,12 +50,8 @@ matplotlib.rcParams.update(
 
 def write_figure(figure: Figure, path: Path, **recipe: str) -> None:
     """In the format of its suffix, complete or not at all; a PNG carries `recipe` as text."""
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
+    with atomic_write(path, keep_suffix=True) as temporary:
         figure.savefig(temporary, metadata=recipe if path.suffix == ".png" else None)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- boards
@@ -156,12 +154,9 @@ def write_animation(frames: Iterable[tuple[str, list[list[Tensor]]]], path: Path
         ValueError: .mp4 without imageio-ffmpeg.
     """
     write = write_mp4 if path.suffix == ".mp4" else write_gif
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        write(list(rendered(frames, **layout)), temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    images = list(rendered(frames, **layout))
+    with atomic_write(path, keep_suffix=True) as temporary:
+        write(images, temporary)
 
 
 def rendered(frames: Iterable[tuple[str, list[list[Tensor]]]], **layout) -> Iterator[np.ndarray]:

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from files import atomic_write
 from sample import Eta, Precision, Sampler, Spacing, Timesteps, Variance, Weights
 from terminal import fail, is_main_process, plain_console, quiet_libraries
 
@@ -234,10 +235,8 @@ class Job:
             self.net = protocol.ddpm.sampling_net(batches * len(protocol.steps), bf16=bf16)
             self._forecast(ranks)
         if protocol.tally:
-            # what has to be made first, then what is there
-            rows = sorted(
-                range(protocol.count), key=lambda row: self.seeds[row] not in self.missing
-            )
+            # whatever is there already: sums in another order have other last digits
+            rows = list(range(protocol.count))
             with self._stage("pictures") as over:
                 options = dict(batch_size=batch_size, progress=over)
                 measure(self._make, rows, protocol.tally, protocol.extractor, ranks, **options)
@@ -352,18 +351,16 @@ class Job:
                 "pictures": self.statistics.count,
                 "digest": self.statistics.digest(),
             }
-        temporary = self.folder / ".metrics.json.tmp"
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.folder / "metrics.json")
+        with atomic_write(self.folder / "metrics.json") as temporary:
+            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         self._print(scores)
 
     def _save_terms(self) -> None:
         import numpy as np
 
         arrays = {name: tensor.numpy() for name, tensor in self.bound._asdict().items()}
-        temporary = self.folder / ".nll.tmp.npz"
-        np.savez(temporary, rows=self.protocol.nll_rows, **arrays)
-        temporary.replace(self.folder / "nll.npz")
+        with atomic_write(self.folder / "nll.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, rows=self.protocol.nll_rows, **arrays)
 
     def _print(self, scores: dict) -> None:
         papers = self.protocol.papers()

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from files import atomic_write
+
 INCEPTION = "inception-v3-compat"  # the TF graph of 2015-12-05 that FID and IS are defined with
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 KEPT = 50_000  # features of so many evenly spaced reference pictures are kept
@@ -270,15 +272,9 @@ class Statistics(NamedTuple):
 
 def save_statistics(path: Path, statistics: Statistics) -> None:
     """As an .npz, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     arrays = {k: v for k, v in statistics._asdict().items() if v is not None}
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_statistics(path: Path) -> Statistics:

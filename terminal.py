@@ -8,7 +8,10 @@ import errno
 import logging
 import os
 import sys
+import threading
 import warnings
+
+from files import advice
 
 EXPECTED = ValueError, OSError, FloatingPointError  # whose messages are written for users
 WRONG_INPUT = ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError
@@ -39,9 +42,10 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
         reason = text.splitlines()[0] if text else type(error).__name__
         return f"this does not fit into memory; try less of it ({reason})"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = f" ({error.filename})" if error.filename else ""
-        return f"no space left on the disk{where}: free some, and give the command again"
+    if isinstance(error, OSError) and error.strerror:  # as the system gives it
+        names = [os.fsdecode(n) for n in (error.filename, error.filename2) if n is not None]
+        where = f"{' -> '.join(names)}: " if names else ""
+        return f"{where}{error.strerror}; {advice(error.errno)}"
     return text if isinstance(error, EXPECTED) else f"{type(error).__name__}: {text}"
 
 
@@ -95,6 +99,13 @@ def quiet_libraries() -> None:
     launcher = "lightning_fabric.strategies.launchers.subprocess_script"
     logging.getLogger(launcher).setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+
+    def hook(failed) -> None:
+        # TensorBoard's thread, whose error is raised where the next number is logged
+        if type(failed.thread).__name__ != "_AsyncWriterThread":
+            threading.__excepthook__(failed)
+
+    threading.excepthook = hook
 
 
 def rank() -> int:

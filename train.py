@@ -110,17 +110,18 @@ def train(
         name = check_name(run_name or config_file.stem)
 
         requeued = os.environ.get("SLURM_RESTART_COUNT", "0").strip("0").isdigit()
-        requeued = requeued and bool(runs_of(results, name, run_name))
+        begun = runs_of(results, name, run_name) if requeued or continue_training else []
+        requeued = requeued and bool(begun)
+        saved = bool(begun) and has_checkpoint(begun[0])
         weights = None
-        if requeued:  # whatever it began from, it has gone on since
+        if requeued and saved:  # whatever it began from, it has gone on since
             checkpoint_path = None
         elif checkpoint_path and not goes_on_from(checkpoint_path):
             from weights import read_source
 
-            begun = continue_training and bool(runs_of(results, name, run_name))
-            weights = None if begun else read_source(checkpoint_path)  # that run has gone on
+            weights = None if saved else read_source(checkpoint_path)  # that run has gone on
             checkpoint_path = None
-        if requeued or checkpoint_path or (continue_training and not weights):
+        if requeued or checkpoint_path or (continue_training and (begun or not weights)):
             run, checkpoint_path = find_run(results, name, run_name, checkpoint_path)
         else:
             run = new_run(results, name, explicit=run_name is not None)
@@ -205,13 +206,17 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, weights, consol
     def report(error: BaseException, last_checkpoint: Path | None) -> None:
         if isinstance(error, Interrupted | KeyboardInterrupt):
             return
+        if isinstance(error, OSError) and error.strerror and not error.filename:
+            error.filename = str(run)  # a write that fails does not know of what
         fail(error)
         if not isinstance(error, EXPECTED):
             with suppress(OSError):  # the disk may be what failed
                 (run / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
                 console.print(f"details: {run / 'error.log'}")
         if last_checkpoint:
-            console.print(f"the last checkpoint: {last_checkpoint}\nto go on: {goes_on}")
+            console.print(f"the last checkpoint: {last_checkpoint}")
+        if last_checkpoint or (isinstance(error, OSError) and (run / "config.yml").is_file()):
+            console.print(f"to go on: {goes_on}")
 
     trainer = build_trainer(
         config, run, console, resumed_from=checkpoint_path, step=step, on_failure=report
@@ -242,9 +247,9 @@ def fit(config: Config, run: Path, checkpoint_path: Path | None, weights, consol
 
 def goes_on_from(path: Path) -> bool:
     """Whether `path` holds a run's whole state, rather than weights alone."""
-    from checkpoint import can_continue
+    from checkpoint import can_continue, up_to_date
 
-    return (path / "checkpoints").is_dir() or can_continue(path)
+    return (path / "checkpoints").is_dir() or can_continue(up_to_date(path))
 
 
 def fine_tune(ddpm, source, console: Console) -> None:
@@ -288,7 +293,7 @@ def find_run(
     results: Path, name: str, run_name: str | None, checkpoint: Path | None
 ) -> tuple[Path, Path | None]:
     """The folder to go on in, and the checkpoint to go on from; None is from the start."""
-    from checkpoint import newest_checkpoint
+    from checkpoint import newest_checkpoint, up_to_date
 
     if checkpoint is None:
         runs = runs_of(results, name, run_name)
@@ -298,12 +303,12 @@ def find_run(
                 f"no run {results / name} to continue"
                 + (f"; there are: {there}" if there else "; leave out --continue-training")
             )
-        if not any(runs[0].glob("checkpoints/*.ckpt")):  # it ended before its first checkpoint
+        if not has_checkpoint(runs[0]):  # it ended before its first
             return runs[0], None
         return runs[0], newest_checkpoint(runs[0])
     if checkpoint.is_dir():
         checkpoint = newest_checkpoint(checkpoint)
-    elif not checkpoint.is_file():
+    elif not (checkpoint := up_to_date(checkpoint)).is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
     home = checkpoint.parent.parent
     inside = checkpoint.parent.name == "checkpoints" and (home / "config.yml").is_file()
@@ -330,7 +335,11 @@ def runs_of(results: Path, name: str, run_name: str | None) -> list[Path]:
     """The folders that --continue-training can mean, the one last worked on first."""
     runs = [p for p in results.glob(f"{name}*") if p.name == name or is_numbered(p.name, name)]
     runs = [results / name] if run_name else sorted(runs, key=last_change, reverse=True)
-    return [run for run in runs if last_change(run)]
+    return [run for run in runs if run.is_dir()]  # one without marks failed at its first write
+
+
+def has_checkpoint(run: Path) -> bool:
+    return any(run.glob("checkpoints/*.ckpt"))
 
 
 def is_numbered(folder: str, name: str) -> bool:

@@ -19,6 +19,7 @@ from callbacks import Checkpoints, Monitor, Previews
 from checkpoint import read_checkpoint, write_checkpoint
 from config import Config, divisors
 from evaluation import Evaluation
+from files import atomic_write, explained
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -79,7 +80,7 @@ def build_trainer(
             limit_val_batches=1.0 if training.validate_every else 0,
             num_sanity_val_steps=0,
             callbacks=callbacks,
-            logger=[build_logger(kind, run, step) for kind in training.logger],
+            logger=[naming(build_logger(kind, run, step), run) for kind in training.logger],
             plugins=plugins,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -111,12 +112,19 @@ def build_logger(kind: str, run: Path, step: int) -> Logger:
     return logger
 
 
+def naming(logger: Logger, run: Path) -> Logger:
+    """Make errors of the system in `logger` name the run's folder and say what to do."""
+    for name in ("log_metrics", "save", "finalize"):
+        setattr(logger, name, explained(run, kept=False)(getattr(logger, name)))
+    return logger
+
+
 def run_id(run: Path) -> str:
     """8 hexadecimal digits that stay with the folder, so that a resumed run goes on in its page."""
     file = run / ".id"
     if not file.exists():
-        run.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(4))
+        with atomic_write(file) as temporary:
+            temporary.write_text(secrets.token_hex(4))
     return file.read_text()
 
 

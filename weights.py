@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from checkpoint import is_checkpoint, newest_checkpoint, read_plain
+from checkpoint import is_checkpoint, newest_checkpoint, read_plain, up_to_date
 from config import Config, DatasetConfig, apply_override, check_config
 from dialects import infer_tree, same_betas, to_our_names, tree_of_diffusers
 
@@ -46,6 +46,7 @@ def read_source(source: str | Path, overrides: Iterable[str] = ()) -> Source:
     path = Path(source)
     if path.suffix == ".index" or Path(f"{path}.index").is_file():
         return _from_tensors(path, _read_tensorflow(path), overrides)
+    path = up_to_date(path)
     if not path.exists():
         path = _fetch(str(source))
     if path.name.startswith("diffusion_pytorch_model") and (path.parent / "config.json").is_file():

@@ -1,44 +1,23 @@
 """The commands as a person types them; in this process where that makes no difference."""
 
 import importlib
-import os
-import pty
 import re
+import shlex
 import signal
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import PROJECT, run, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoints import Evil
 from test_dataset import noise_image, write_cifar
 from typer.testing import CliRunner
 
 from config import load_config
-
-PROJECT = Path(__file__).parent.parent
-
-
-def start(command: str, cwd: Path, **kwargs) -> subprocess.Popen:
-    script, *arguments = command.removeprefix("python ").split()
-    return subprocess.Popen(
-        [sys.executable, str(PROJECT / script), *arguments],
-        cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
-    )  # fmt: skip
-
-
-def run(command: str, cwd: Path, code: int = 0) -> str:
-    process = start(command, cwd)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    assert "Traceback" not in output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +35,7 @@ def place(tmp_path_factory):
 
 def invoke(command: str, place: Path, monkeypatch, code: int) -> str:
     """As `run`, in this process: for what ends before anything is trained."""
-    script, *arguments = command.split()
+    script, *arguments = shlex.split(command)
     monkeypatch.chdir(place)
     app = importlib.import_module(script.removesuffix(".py")).app
     result = CliRunner().invoke(app, arguments)
@@ -135,23 +114,14 @@ def test_mistakes_end_in_one_message(place, arguments, says, monkeypatch):
 
 
 def test_on_a_terminal_there_is_a_bar_and_the_cursor_comes_back(place):
-    master, slave = pty.openpty()
-    command = [sys.executable, PROJECT / "train.py", "configs/smoke.yml", "--run-name", "tty"]
-    process = subprocess.Popen(
-        [*command, "training.max_steps=100000"], cwd=place, stdout=slave, stderr=slave
-    )
-    os.close(slave)
-    seen = b""
-    while b"images/s" not in seen:
-        seen += os.read(master, 1000)
-    process.send_signal(signal.SIGINT)
-    with suppress(OSError):  # the end of a terminal
-        while chunk := os.read(master, 1000):
-            seen += chunk
-    assert process.wait(60) == 130
-    assert "━".encode() in seen
-    assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l")
-    assert b"to go on:" in seen[seen.rindex(b"\x1b[?25h") :]
+    command = "python train.py configs/smoke.yml training.max_steps=100000 --run-name tty"
+    with start(command, place, terminal=True, env={"TERM": "xterm"}) as process:
+        process.wait_for("images/s")
+        process.send(signal.SIGINT)
+        seen = process.finish(130)
+    assert "━" in seen
+    assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
+    assert "to go on:" in seen[seen.rindex("\x1b[?25h") :]
 
 
 def test_nothing_of_a_persons_own_is_written_over(place, monkeypatch):
@@ -173,12 +143,10 @@ def test_nothing_of_a_persons_own_is_written_over(place, monkeypatch):
 def test_signals_save_and_name_what_goes_on(place, signum, code):
     name = f"stopped-{code}"
     command = f"python train.py configs/smoke.yml training.max_steps=100000 --run-name {name}"
-    process = start(command, place)
-    while "step 4 of" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signum)
-    output = process.stdout.read()
-    assert process.wait(60) == code, output
+    with start(command, place) as process:
+        process.wait_for("step 4 of")
+        process.send(signum)
+        output = process.finish(code)
     assert "Traceback" not in output
     saved = re.search(r"stopped after step ([\d,]+), saved (\S+)", output)
     step = int(saved[1].replace(",", ""))
@@ -316,7 +284,7 @@ def test_sample_fills_what_is_missing(place, monkeypatch):
 )
 def test_sample_options(place, options, tmp_path, monkeypatch):
     checkpoint = "lightning_logs/smoke/checkpoints/last.ckpt"
-    arguments = f"{checkpoint} --num-images 3 --seed 2 --output-dir {tmp_path} {options}"
+    arguments = f"{checkpoint} --num-images 3 --seed 2 --output-dir '{tmp_path}' {options}"
     invoke(f"sample.py {arguments}", place, monkeypatch, code=0)
     assert sorted(pictures(tmp_path)) == ["000002.png", "000003.png", "000004.png"]
     assert (tmp_path / "grid.png").exists() == ("--no-grid" not in options)

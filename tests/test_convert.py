@@ -31,7 +31,7 @@ from pl_utils import DDPM, SeedNoise, load_ddpm
 
 def export(source: Path, folder: Path, monkeypatch, *options: str) -> str:
     return invoke(
-        f"convert.py export {source} {folder} {' '.join(options)}", Path(), monkeypatch, 0
+        f"convert.py export '{source}' '{folder}' {' '.join(options)}", Path(), monkeypatch, 0
     )
 
 
@@ -70,7 +70,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     np.savez(tmp_path / "evil.npz", x=np.array([Evil()], dtype=object))
     (tmp_path / "evil.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
     for source in (folder, "evil.ckpt", "evil.npz", "evil.safetensors"):
-        output = invoke(f"convert.py import {source} out.ckpt", tmp_path, monkeypatch, 2)
+        output = invoke(f"convert.py import '{source}' out.ckpt", tmp_path, monkeypatch, 2)
         assert "refused" in output or "damaged" in output
     assert not (tmp_path / "pwned").exists()
 
@@ -95,7 +95,7 @@ def test_import_of_export_is_the_same(small, weights, tmp_path, monkeypatch):
     for format, out in (("diffusers", "folder"), ("safetensors", "one.safetensors")):
         options = ("--format", format, "--weights", weights)
         export(small, tmp_path / out, monkeypatch, *options)
-        command = f"convert.py import {tmp_path / out} {tmp_path / out}.ckpt"
+        command = f"convert.py import '{tmp_path / out}' '{tmp_path / out}.ckpt'"
         invoke(command, Path(), monkeypatch, 0)
         for source in (tmp_path / out, tmp_path / f"{out}.ckpt"):
             after = load_ddpm(source)
@@ -120,10 +120,10 @@ def test_the_folders_of_this_machine_are_not_shared():
 
 
 def test_what_differs_only_in_its_process_is_another_recipe(small, tmp_path, monkeypatch):
-    command = f"convert.py import {small} other.ckpt diffusion.beta_schedule=linear"
+    command = f"convert.py import '{small}' other.ckpt diffusion.beta_schedule=linear"
     invoke(command, tmp_path, monkeypatch, 0)
     options = "--num-images 1 --timesteps 2 --output-dir o"
-    invoke(f"sample.py {small} {options}", tmp_path, monkeypatch, 0)
+    invoke(f"sample.py '{small}' {options}", tmp_path, monkeypatch, 0)
     assert "another recipe" in invoke(f"sample.py other.ckpt {options}", tmp_path, monkeypatch, 2)
 
 
@@ -152,7 +152,7 @@ def test_odd_files_are_one_message(tmp_path, monkeypatch):
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors", {"config": "{}"})
     torch.save({"model/conv_in/W": 3, "model/conv_in/b": torch.zeros(1)}, tmp_path / "number.pt")
     empty = save_hub(tmp_path / "empty", HUB_TINY | {"block_out_channels": []}, {})
-    assert "error: " in invoke(f"sample.py {empty}", tmp_path, monkeypatch, 2)
+    assert "error: " in invoke(f"sample.py '{empty}'", tmp_path, monkeypatch, 2)
     for name in ("keys.ckpt", "foreign.safetensors", "number.pt"):
         output = invoke(f"sample.py {name}", tmp_path, monkeypatch, 2)
         assert "not the weights of a DDPM network" in output
@@ -187,7 +187,7 @@ def test_a_pipeline_draws_our_picture(tmp_path, monkeypatch):
     theirs = np.asarray(pipeline(num_inference_steps=8).images[0])
     options = "--num-images 1 --seed 7 --timesteps 8 --spacing uniform --output-dir pictures"
     options += " --precision float32"
-    invoke(f"sample.py {tmp_path / 'out'} {options}", tmp_path, monkeypatch, 0)
+    invoke(f"sample.py '{tmp_path}/out' {options}", tmp_path, monkeypatch, 0)
     ours = np.asarray(Image.open(tmp_path / "pictures" / "000007.png"))
     assert ours.std() > 20
     difference = np.abs(ours.astype(int) - theirs)
@@ -220,7 +220,7 @@ def test_a_failing_exporter_leaves_one_message_and_no_file(small, tmp_path, monk
         raise RuntimeError("no such operator")
 
     monkeypatch.setattr(torch.onnx, "export", broken)
-    command = f"convert.py export {small} out.onnx --format onnx"
+    command = f"convert.py export '{small}' out.onnx --format onnx"
     assert "error: RuntimeError: no such operator" in invoke(command, tmp_path, monkeypatch, 1)
     assert not list(tmp_path.iterdir())
 
@@ -228,10 +228,10 @@ def test_a_failing_exporter_leaves_one_message_and_no_file(small, tmp_path, monk
 def test_wrong_arguments_are_one_message(small, tmp_path, monkeypatch):
     cases = {
         "import nowhere.ckpt out.ckpt": "no checkpoint at nowhere.ckpt",
-        f"import {small} out.bin": "ends in .ckpt",
-        f"import {small} out.ckpt model.depth=3": "model.depth: no such key",
-        f"export {small} {small.parent}": "exists",
-        f"export {small.parent} out": "holds no checkpoint",
+        f"import '{small}' out.bin": "ends in .ckpt",
+        f"import '{small}' out.ckpt model.depth=3": "model.depth: no such key",
+        f"export '{small}' '{small.parent}'": "exists",
+        f"export '{small.parent}' out": "holds no checkpoint",
     }
     for arguments, message in cases.items():
         assert message in invoke(f"convert.py {arguments}", tmp_path, monkeypatch, 2), arguments

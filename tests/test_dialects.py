@@ -176,7 +176,7 @@ def test_wrong_tensors_are_listed(tmp_path, monkeypatch):
     state["conv_in.weight"] = torch.zeros(32, 3, 5, 5)
     del state["mid_block.resnets.0.conv1.bias"]
     folder = save_hub(tmp_path / "hub", HUB_TINY, state)
-    output = invoke(f"convert.py import {folder} out.ckpt", tmp_path, monkeypatch, 2)
+    output = invoke(f"convert.py import '{folder}' out.ckpt", tmp_path, monkeypatch, 2)
     assert "missing: mid.block_1.conv1.bias" in output
     assert "surplus: conv_out.extra" in output
     assert "misshapen: conv_in.weight is [32, 3, 5, 5], not [32, 3, 3, 3]" in output

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 from shutil import copy
@@ -9,8 +10,8 @@ from shutil import copy
 import numpy as np
 import pytest
 import torch
+from processes import PROJECT, run
 from scipy.io import savemat
-from test_commands import run
 from test_dataset import noise_image, write_cifar
 from test_evaluate import Net
 from typer.testing import CliRunner
@@ -20,7 +21,6 @@ from convert import write_diffusers
 from metrics import INCEPTION, INCEPTION_SHA256, Extractor
 from pl_utils import DDPM
 
-PROJECT = Path(__file__).parent.parent
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 SHORT = {  # what cuts the long runs
     "train": "model.base_channels=8 training.max_steps=2 training.batch_size=2 "
@@ -41,7 +41,7 @@ def commands(page: Path) -> list[str]:
 
 def invoke(command: str) -> None:
     """In this process; long runs are cut short."""
-    script, *arguments = command.split()
+    script, *arguments = shlex.split(command)
     name = script.removesuffix(".py")
     if not re.search(r"configs/smoke|lightning_logs/smoke", command):
         arguments += SHORT.get(name, "").split()

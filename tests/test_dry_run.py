@@ -1,13 +1,13 @@
 """The dry run: what it counts, what it computes from that, and what it leaves behind."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_commands import PROJECT, invoke
+from processes import PROJECT, run
+from test_commands import invoke
 
 import dry_run
 from config import load_config
@@ -98,10 +98,8 @@ def test_numbers_are_readable():
 def test_memory_is_this_process_own():
     ballast = np.ones(2**30, np.uint8)
     code = "import torch; from hardware import peak_memory; print(peak_memory(torch.device('cpu')))"
-    child = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT
-    )
-    assert peak_memory(torch.device("cpu")) > ballast.nbytes > int(child.stdout) > 2**26
+    of_child = int(run([sys.executable, "-c", code], PROJECT).split()[-1])
+    assert peak_memory(torch.device("cpu")) > ballast.nbytes > of_child > 2**26
 
 
 @pytest.fixture

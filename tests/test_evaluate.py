@@ -3,8 +3,8 @@
 import hashlib
 import json
 import re
+import shlex
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch_fidelity
 from PIL import Image
+from processes import PROJECT, start
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import assert_same, train
@@ -26,8 +27,6 @@ from data import Data
 from likelihood import bits_per_dim
 from metrics import INCEPTION
 from pl_utils import load_ddpm
-
-PROJECT = Path(__file__).parent.parent
 
 
 class Net(nn.Module):
@@ -94,7 +93,7 @@ def run(place, monkeypatch):
 
     def run(line, code=0):
         device = "" if "--device" in line else "--device cpu"
-        result = CliRunner().invoke(evaluate.app, f"{line} {device}".split())
+        result = CliRunner().invoke(evaluate.app, shlex.split(f"{line} {device}"))
         assert result.exit_code == code, result.output
         assert result.exception is None or isinstance(result.exception, SystemExit)
         folder = re.search(r"^output: (.*)$", result.output, re.M)
@@ -306,12 +305,12 @@ def test_two_processes_are_one(place):
         ("two", [], "2"),
         ("three", ["-m", "torch.distributed.run", "--nproc-per-node", "3"], "1"),
     ):
-        result = subprocess.run(
-            [sys.executable, *launcher, script, *line.split(), "--device", "cpu",
-             "--devices", devices, "--output", name, "--batch-size", "4"],
-            cwd=place, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stdout + result.stderr
+        command = [
+            sys.executable, *launcher, script, *shlex.split(line), "--device", "cpu",
+            "--devices", devices, "--output", name, "--batch-size", "4",
+        ]  # fmt: skip
+        with start(command, place) as process:
+            process.finish(timeout=300)
         found[name] = json.loads((place / name / "metrics.json").read_text())
     assert [facts["devices"] for facts in found.values()] == [1, 2, 3]
     one, *others = map(values, found.values())
@@ -323,15 +322,13 @@ def test_two_processes_are_one(place):
 def test_two_processes_evaluate_while_training_as_one(place):
     line = (
         "configs/smoke.yml training.accelerator=cpu training.max_steps=3 model.dropout=0.0 "
-        f"training.evaluate_every=3 training.evaluate_images=9 training.extractor={place}/net.pt"
+        f"training.evaluate_every=3 training.evaluate_images=9 'training.extractor={place}/net.pt'"
     )
     for devices in ("1", "2"):
-        result = subprocess.run(
-            [sys.executable, str(PROJECT / "train.py"), *line.split(),
-             f"training.devices={devices}", "--run-name", f"on-{devices}"],
-            cwd=place, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stdout + result.stderr
+        command = [sys.executable, PROJECT / "train.py", *shlex.split(line)]
+        command += [f"training.devices={devices}", "--run-name", f"on-{devices}"]
+        with start(command, place) as process:
+            process.finish(timeout=300)
     one, two = (last_values(place / "lightning_logs" / f"on-{n}") for n in (1, 2))
     assert "evaluation/FID-9 dpm++ 20" in one
     assert two == pytest.approx(one, rel=1e-3)
@@ -363,7 +360,7 @@ def inception(tmp_path_factory):
 
 
 def test_inception_from_a_file(run, inception):
-    output, facts = run(f"low --num-images 2 --metrics is --extractor-weights {inception}")
+    output, facts = run(f"low --num-images 2 --metrics is --extractor-weights '{inception}'")
     assert facts["recipe"]["extractor"]["name"] == INCEPTION
     digest = hashlib.sha256(inception.read_bytes()).hexdigest()
     assert f"features: {INCEPTION}, sha256 {digest}" in output
@@ -377,7 +374,7 @@ def test_inception_is_torch_fidelitys(place, run, inception):
         for path in sorted((place / name).glob("*.png"))[:50]:
             shutil.copy(path, place / f"few-{name}")
     line = "few-low --reference few-high --metrics fid,is,kid,pr --batch-size 25"
-    found = values(run(f"{line} --extractor-weights {inception}")[1])
+    found = values(run(f"{line} --extractor-weights '{inception}'")[1])
     wanted = torch_fidelity.calculate_metrics(
         input1=str(place / "few-low"), input2=str(place / "few-high"), kid_subset_size=50,
         isc=True, fid=True, kid=True, prc=True, cuda=False, cache=False, save_cpu_ram=True,

@@ -1,5 +1,6 @@
 import itertools
 import math
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,7 +46,7 @@ def table(ddpm, sampler="ddpm", n=None):
 
 def invoke(command, place, monkeypatch, code=0):
     monkeypatch.chdir(place)
-    result = CliRunner().invoke(figures.app, command.split())
+    result = CliRunner().invoke(figures.app, shlex.split(command))
     assert result.exit_code == code, result.output
     return " ".join(result.output.split())
 

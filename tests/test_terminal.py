@@ -2,13 +2,14 @@
 
 import os
 import re
+import shlex
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from test_commands import PROJECT, run, start
+from processes import PROJECT, run, start
 
 SMOKE = PROJECT / "configs" / "smoke.yml"
 
@@ -22,12 +23,7 @@ def test_a_shell_can_complete_options_keys_and_runs(tmp_path):
         asked = {f"_{command.upper()}_COMPLETE": "complete_bash", "COMP_WORDS": line}
         asked["COMP_CWORD"] = str(len(line.split()) - 1)
         assert os.access(PROJECT / command, os.X_OK)
-        ended = subprocess.run(
-            [sys.executable, PROJECT / command],
-            env=os.environ | asked, cwd=tmp_path, capture_output=True, text=True,
-        )  # fmt: skip
-        assert ended.stderr == ""
-        return ended.stdout.split()
+        return run([sys.executable, PROJECT / command], tmp_path, env=asked).split()
 
     assert complete("train.py --cont") == ["--continue-training"]
     assert complete("train.py configs/smoke.yml training.max_st") == ["training.max_steps="]
@@ -41,9 +37,8 @@ COMMANDS = ("train", "sample", "evaluate", "figures", "convert", "dataset")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_missing_package_is_named(command):
     without = [sys.executable, "-S", PROJECT / f"{command}.py", "--help"]
-    ended = subprocess.run(without, capture_output=True, text=True, cwd=PROJECT)
-    assert ended.returncode == 1
-    assert re.fullmatch(r"error: \w+ is not installed for .*pip install -r .*\n", ended.stderr)
+    said = run(without, PROJECT, code=1)
+    assert re.fullmatch(r"error: \w+ is not installed for .*pip install -r .*\n", said)
 
 
 def test_packages_that_do_not_fit_together_are_named(tmp_path, monkeypatch):
@@ -52,7 +47,8 @@ def test_packages_that_do_not_fit_together_are_named(tmp_path, monkeypatch):
     (tmp_path / "torchvision" / "__init__.py").write_text(broken)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for line in ("train.py configs/smoke.yml", "train.py configs/smoke.yml --dry-run"):
-        said = run(f"{line} training.results_folder={tmp_path}", PROJECT, code=1)
+        folder = shlex.quote(f"training.results_folder={tmp_path}")
+        said = run(f"{line} {folder}", PROJECT, code=1)
         assert "error: torch and torchvision do not fit together" in said
         assert "pip install --force-reinstall torch torchvision" in said
 
@@ -60,20 +56,21 @@ def test_packages_that_do_not_fit_together_are_named(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX pipes and signals")
 def test_a_reader_that_leaves_and_letters_that_a_terminal_lacks(tmp_path):
     """`| head -1` with an ASCII terminal: training goes on, brackets and accents are names."""
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    line = f"train.py {SMOKE} --run-name café training.results_folder=logs[bold]"
-    process = start(line, tmp_path, env=environment)
-    assert process.stdout.readline() == "run folder: logs[bold]/caf\\xe9\n"
-    process.stdout.close()
-    assert process.wait(120) == 0
+    train = [sys.executable, PROJECT / "train.py", SMOKE, "--run-name", "café"]
+    train.append("training.results_folder=logs[bold]")
+    shell = ["sh", "-c", '{ "$@" 2>&1; echo $? > code; } | head -1', "sh"]
+    said = run([*shell, *train], tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    assert said == "run folder: logs[bold]/caf\\xe9\n"
+    assert (tmp_path / "code").read_text() == "0\n"
     assert (tmp_path / "logs[bold]/café/checkpoints/step-00000006.ckpt").exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_ctrl_c_while_packages_are_imported(tmp_path):
-    process = start(f"dataset.py {SMOKE}", tmp_path)
-    time.sleep(1.5)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in output
+    with start([sys.executable, PROJECT / "dataset.py", SMOKE], tmp_path) as process:
+        if (maps := Path(f"/proc/{process.pid}/maps")).exists():
+            process.wait_until(lambda: "libtorch" in maps.read_text(), "import of torch")
+        else:
+            time.sleep(1.5)
+        process.send(signal.SIGINT)
+        assert "Traceback" not in process.finish(130)

@@ -1,0 +1,106 @@
+"""Files that are written whole or not at all, and what is said where one cannot be."""
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+AGAIN = "give the same command again"
+_ADVICE = {
+    "ENOSPC": f"free some and {AGAIN}",
+    "EDQUOT": f"free some of your quota and {AGAIN}",
+    "EMFILE": f"allow more open files (ulimit -n) and {AGAIN}",
+    "ENFILE": f"close other programs and {AGAIN}",
+    "EIO": f"see whether the disk is sound and {AGAIN}",
+    "ENOENT": "give a path that exists",
+    "EEXIST": "give another path",
+    "ENOTDIR": "give another path",
+    "EISDIR": "give another path",
+    "ENAMETOOLONG": "give a shorter name",
+    "EACCES": "allow it, or give another path",
+    "EPERM": "allow it, or give another path",
+    "EROFS": "give another path",
+}
+
+
+def advice(code: int | None) -> str:
+    """Return what a user can do about an error of the system."""
+    return _ADVICE.get(errno.errorcode.get(code), f"mend that and {AGAIN}")
+
+
+@contextmanager
+def explained(path: str | Path, *, kept: bool = True) -> Iterator[None]:
+    """Turn an error of the system into one that names `path` and says what to do.
+
+    Args:
+        kept: say that what was at `path` before is intact, where something is there.
+
+    Raises:
+        OSError: of the kind and errno that the system gave.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error  # torch and Lightning hide a full disk behind errors of their own
+        while cause is not None and not isinstance(cause, OSError):
+            shown = None if cause.__suppress_context__ else cause.__context__
+            cause = cause.__cause__ or shown
+        if cause is None or str(cause).startswith("cannot write "):
+            raise
+        reason = cause.strerror or str(cause)
+        inside = os.fsdecode(cause.filename) if cause.filename else None
+        if inside and not same_place(inside, path):
+            reason += f" ({inside})"
+        intact = "; what was there before is intact" if kept and os.path.lexists(path) else ""
+        kind = type(OSError(cause.errno, "")) if cause.errno else OSError
+        told = kind(f"cannot write {path}: {reason}; {advice(cause.errno)}{intact}")
+        told.errno = cause.errno
+        raise told from None
+
+
+def same_place(one: str, other: str | Path) -> bool:
+    """Return whether `one` is `other` or the temporary file beside it."""
+    return Path(one) == Path(other) or Path(one).name.startswith(f".{Path(other).stem}.")
+
+
+@contextmanager
+def atomic_write(
+    path: str | Path, *, keep_suffix: bool = False, unique: bool = False
+) -> Iterator[Path]:
+    """Give a name beside `path` to write a file or a folder to; then force it to disk and rename.
+
+    Args:
+        keep_suffix: the name ends as `path` does, for writers that go by it.
+        unique: no other process is given the same name, for files that several may write.
+
+    Raises:
+        OSError: one message that names `path` and says what to do; what was there is intact.
+    """
+    path = Path(path)
+    middle = f".{uuid.uuid4().hex}" if unique else ""
+    name = f".{path.stem}{middle}.tmp{path.suffix}" if keep_suffix else f".{path.name}{middle}.tmp"
+    temporary = path.with_name(name)
+    with explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove(temporary)  # of a process that was killed
+            yield temporary
+            for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+                if file.is_file():
+                    with file.open("r+b") as opened:
+                        os.fsync(opened.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            remove(temporary)
+            raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
