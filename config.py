@@ -11,7 +11,6 @@ meanwhile (`evaluation`). Facts of the data, `image_size` and `channels`, are wr
 import difflib
 import json
 import os
-import re
 import reprlib
 import sys
 from collections.abc import Iterable
@@ -28,6 +27,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from files import parse_yaml
 
 
 class Section(BaseModel):
@@ -280,40 +281,6 @@ def divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 2e-4 as a string; this reads it as YAML 1.2 and every person does."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":float")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def _no_duplicate_keys(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
-    merge = "tag:yaml.org,2002:merge"
-    keys = [loader.construct_object(key) for key, _ in node.value if key.tag != merge]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
-
-
-_Loader.construct_mapping = _no_duplicate_keys  # type: ignore[method-assign]
-
-
-def parse_yaml(text: str) -> Any:
-    """Return plain data."""
-    return yaml.load(text, _Loader)  # safe: _Loader is yaml.SafeLoader with better floats
-
-
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, check everything.
 
@@ -408,13 +375,6 @@ def _explain(fault: dict) -> str:
     if fault["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where}: {reprlib.repr(fault['input'])}: {message[0].lower()}{message[1:]}"
-
-
-def keys_like(incomplete: str) -> list[str]:
-    """Return `section.key=` of the keys that begin so, for a shell to complete."""
-    sections = Config.model_fields.items()
-    keys = [f"{name}.{key}=" for name, field in sections for key in field.annotation.model_fields]
-    return [key for key in keys if key.startswith(incomplete)]
 
 
 def to_yaml(config: Config) -> str:

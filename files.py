@@ -1,12 +1,16 @@
-"""Files that are written whole or not at all, and what is said where one cannot be."""
+"""Files: written whole or not at all, with what is said where one cannot be; YAML read."""
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 AGAIN = "give the same command again"
 _ADVICE = {
@@ -104,3 +108,37 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         path.unlink(missing_ok=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 2e-4 as a string; this reads it as YAML 1.2 and every person does."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _no_duplicate_keys(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
+    merge = "tag:yaml.org,2002:merge"
+    keys = [loader.construct_object(key) for key, _ in node.value if key.tag != merge]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.construct_mapping = _no_duplicate_keys  # type: ignore[method-assign]
+
+
+def parse_yaml(text: str) -> Any:
+    """Return plain data."""
+    return yaml.load(text, _Loader)  # safe: _Loader is yaml.SafeLoader with better floats
