@@ -1,0 +1,159 @@
+"""What several test files share."""
+
+import importlib
+import itertools
+import math
+import os
+import pickle
+import shlex
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from processes import PROJECT, run, start
+from torch import nn
+from typer.testing import CliRunner
+
+from config import load_config
+from diffusion_utils import GaussianDiffusion, make_steps
+
+__all__ = ["PROJECT", "run", "start"]
+
+TINY = {
+    "image_size": 8,
+    "channels": 3,
+    "base_channels": 32,
+    "channel_multipliers": [1, 2],
+    "num_res_blocks": 2,
+    "attention_resolutions": [4],
+    "dropout": 0.0,
+}
+PAPER = {"channels": 3, "base_channels": 128, "num_res_blocks": 2, "attention_resolutions": [16]}
+CIFAR = {**PAPER, "image_size": 32, "channel_multipliers": [1, 2, 2, 2], "dropout": 0.1}
+HQ = {**PAPER, "image_size": 256, "channel_multipliers": [1, 1, 2, 2, 4, 4], "dropout": 0.0}
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch stolen",)
+
+
+def invoke(command: str, place: Path, monkeypatch, code: int) -> str:
+    """Run a command as `processes.run` does, in this process: what trains little or nothing."""
+    script, *arguments = shlex.split(command)
+    monkeypatch.chdir(place)
+    app = importlib.import_module(script.removesuffix(".py")).app
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.output
+
+
+def wake(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Give random weights of ordinary size everywhere, so that no branch is silent."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        fan = parameter[0].numel() if parameter.ndim > 1 else 4
+        with torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(fan))
+            if parameter.ndim == 1:
+                parameter.add_(0.5)
+    return net
+
+
+def process(schedule="linear", T=1000, start=1e-4, end=0.02, prediction="eps"):
+    return GaussianDiffusion(
+        timesteps=T, beta_schedule=schedule, beta_start=start, beta_end=end, prediction=prediction
+    )
+
+
+def steps_of(diffusion, sampler="ddpm", *, variance="large", eta=0.0, n=None, spacing="trailing"):
+    return make_steps(
+        diffusion, sampler=sampler, variance=variance, eta=eta, timesteps=n, spacing=spacing
+    )
+
+
+# ---- images
+
+
+def noise_image(seed, size=(8, 8), mode="RGB"):
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 256, (size[1], size[0], len(Image.new(mode, (1, 1)).getbands())))
+    return Image.fromarray(pixels.squeeze().astype(np.uint8), mode)
+
+
+def write_cifar(root, count=5, form="py"):
+    folder = root / f"cifar-10-batches-{form}"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (6, count, 3072), dtype=np.uint8)
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        if form == "py":
+            batch = {b"batch_label": b"x", b"labels": [0] * count, b"data": pixels[i]}
+            (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+        else:
+            labels = np.zeros((count, 1), np.uint8)
+            np.concatenate([labels, pixels[i]], 1).tofile(folder / f"{name}.bin")
+    return pixels.reshape(6, count, 3, 32, 32)
+
+
+def load(tmp_path, name="folder", **changes):
+    """`load_images` of a folder `root` with a cache beside it."""
+    from dataset import load_images
+
+    keys = {
+        "name": name,
+        "root": str(tmp_path / "root"),
+        "image_size": 8,
+        "channels": 3,
+        "fit": "crop",
+        "validation_fraction": 0.0,
+        "cache": str(tmp_path / "cache"),
+    }
+    return load_images(**{**keys, **changes})
+
+
+# ---- runs
+
+
+salt = itertools.count()
+
+
+def tiny(*overrides):
+    exact = ["hardware.accelerator=cpu", "hardware.precision=32-true"]
+    return load_config("configs/smoke.yml", [*exact, *overrides])
+
+
+def train(folder, *overrides, resume=None, callbacks=(), ddpm=None):
+    """Train one run in this process; return the module and the optimizer's state after it."""
+    from rich.console import Console
+
+    from pl_utils import DDPM
+    from training import ImageData, build_trainer
+
+    config = tiny(*overrides)
+    torch.manual_seed(next(salt))  # what the process did before is no matter
+    ddpm = ddpm or DDPM(config)
+    trainer = build_trainer(config, Path(folder), Console(quiet=True))
+    trainer.callbacks[:0] = callbacks
+    trainer.fit(ddpm, ImageData(config), ckpt_path=resume, weights_only=True)
+    return ddpm, trainer.optimizers[0].state_dict()
+
+
+def assert_same(one, two):
+    """Compare bit for bit, through nested dicts and lists."""
+    assert type(one) is type(two)
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, list):
+        for a, b in zip(one, two, strict=True):
+            assert_same(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    else:
+        assert one == two
