@@ -50,6 +50,12 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
         reason = text.splitlines()[0] if text else type(error).__name__
         return f"this does not fit into memory; try less of it ({reason})"
+    if isinstance(error, OSError) and error.strerror:  # as the system gives it
+        from files import advice
+
+        names = [os.fsdecode(n) for n in (error.filename, error.filename2) if n is not None]
+        where = f"{' -> '.join(names)}: " if names else ""
+        return f"{where}{error.strerror}; {advice(error.errno)}"
     return text if isinstance(error, EXPECTED) else f"{type(error).__name__}: {text}"
 
 

@@ -1,6 +1,7 @@
 """Images from a loaded model and seeds."""
 
 from generation.generate import (
+    MANY_CALLS,
     SeedNoise,
     chain,
     generate,
@@ -8,5 +9,15 @@ from generation.generate import (
     quick_steps,
     resolve_precision,
 )
+from generation.recipe import sampling_recipe
 
-__all__ = ["SeedNoise", "chain", "generate", "make_denoiser", "quick_steps", "resolve_precision"]
+__all__ = [
+    "MANY_CALLS",
+    "SeedNoise",
+    "chain",
+    "generate",
+    "make_denoiser",
+    "quick_steps",
+    "resolve_precision",
+    "sampling_recipe",
+]
