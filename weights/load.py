@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from checkpoint import is_checkpoint, newest_checkpoint, read_plain, up_to_date
+from weights.checkpoint import is_checkpoint, newest_checkpoint, read_plain, up_to_date
 from config import Config, DatasetConfig, apply_override, check_config
-from dialects import infer_tree, same_betas, to_our_names, tree_of_diffusers
+from weights.dialects import infer_tree, same_betas, to_our_names, tree_of_diffusers
 
 
-class Source(NamedTuple):
+class ModelFiles(NamedTuple):
     """A model from files."""
 
     config: Config
@@ -30,7 +30,7 @@ class Source(NamedTuple):
     only: str | None = None  # ema or raw, where the files say that they hold one of the two
 
 
-def read_source(source: str | Path, overrides: Iterable[str] = ()) -> Source:
+def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
     """Read a model of any dialect.
 
     Args:
@@ -75,26 +75,38 @@ def read_source(source: str | Path, overrides: Iterable[str] = ()) -> Source:
     return found._replace(only=data.get("weights"))
 
 
-def copy_tensors(net: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """`state` into `net`, name by name; 1x1 convolutions may come as matrices.
+def copy_tensors(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copy `state` into a network, name by name; 1x1 convolutions may come as matrices.
+
+    A network on the meta device takes the tensors themselves.
 
     Raises:
-        ValueError: lists what is missing, surplus or of another shape; `net` is untouched.
+        ValueError: lists what is missing, surplus or misshapen; the network is untouched.
     """
-    ours = net.state_dict()
-    squeezed = lambda shape: list(shape[:2]) if shape[2:] in ((), (1, 1)) else list(shape)
+    ours = network.state_dict()
     wrong = [f"missing: {name}" for name in ours if name not in state]
     wrong += [f"surplus: {name}" for name in state if name not in ours]
-    for name in [name for name in ours if name in state]:
-        there = state[name].shape if isinstance(state[name], Tensor) else None
-        if there is None or squeezed(there) != squeezed(ours[name].shape):
-            shape = list(there) if there is not None else f"a {type(state[name]).__name__}"
-            wrong.append(f"misshapen: {name} is {shape}, not {list(ours[name].shape)}")
+    fitting: dict[str, Tensor] = {}
+    for name, there in state.items():
+        if name not in ours:
+            continue
+        needed = ours[name].shape
+        if not isinstance(there, Tensor):
+            wrong.append(f"misshapen: {name} is a {type(there).__name__}, not {list(needed)}")
+        elif _without_1x1(there.shape) != _without_1x1(needed):
+            wrong.append(f"misshapen: {name} is {list(there.shape)}, not {list(needed)}")
+        else:
+            fitting[name] = there.reshape(needed)
     if wrong:
         more = [f"and {len(wrong) - 12} more"] if len(wrong) > 12 else []
         lines = "".join(f"\n  {line}" for line in [*wrong[:12], *more])
         raise ValueError(f"{source}: the weights do not fit the network of its config:{lines}")
-    net.load_state_dict({name: state[name].view_as(ours[name]) for name in ours})
+    meta = any(value.is_meta for value in ours.values())
+    network.load_state_dict(fitting, assign=meta)
+
+
+def _without_1x1(shape: torch.Size) -> torch.Size:
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 # ---- files
@@ -114,7 +126,7 @@ def _read_json(path: Path) -> dict:
     return tree
 
 
-def _read_diffusers(folder: Path, overrides: Iterable[str]) -> Source:
+def _read_diffusers(folder: Path, overrides: Iterable[str]) -> ModelFiles:
     """A diffusers folder, of a pipeline or of its network alone."""
     unet_json = _find(folder, "unet/config.json", "config.json")
     name = "scheduler_config.json"
@@ -219,7 +231,7 @@ def _fetch(source: str) -> Path:
     return folder
 
 
-def _from_tensors(path: Path, data, overrides: Iterable[str]) -> Source:
+def _from_tensors(path: Path, data, overrides: Iterable[str]) -> ModelFiles:
     """Bare tensors of any dialect; the config from their names and shapes."""
     raw, ema = _sets(path, data)
     chosen: dict = {}
@@ -263,7 +275,7 @@ _DATASETS = {
 }
 
 
-def _finish(path, tree, ema, raw, step, notes, overrides) -> Source:
+def _finish(path, tree, ema, raw, step, notes, overrides) -> ModelFiles:
     """A checked config, with what the files do not say filled in."""
     tree = {section: dict(values) for section, values in tree.items()}
     dataset = tree.setdefault("dataset", {})
@@ -276,4 +288,4 @@ def _finish(path, tree, ema, raw, step, notes, overrides) -> Source:
     tree.setdefault("training", {}).setdefault("max_steps", max(1, step))
     for override in overrides:
         apply_override(tree, override)
-    return Source(check_config(tree, source=f"the config of {path}"), ema, raw, step, notes, path)
+    return ModelFiles(check_config(tree, source=f"the config of {path}"), ema, raw, step, notes, path)
