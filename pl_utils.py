@@ -30,6 +30,7 @@ from diffusion_utils import (
     cell_edges,
     from_uint8,
 )
+from files import explained
 from generation import generate, make_denoiser, quick_steps, resolve_precision
 from generation.images import image_grid
 from model import Network, at_precision, build_network, exact_float32
@@ -272,7 +273,8 @@ class Previews(pl.Callback):
             grid = image_grid(torch.cat([x for _, x in quick_images(module, network, seeds)]))
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(f"samples/{weights}", grid, step)
+                    with explained(logger.log_dir, kept=False):
+                        logger.experiment.add_image(f"samples/{weights}", grid, step)
                 if isinstance(logger, WandbLogger):
                     logger.log_image(f"samples/{weights}", [grid.permute(1, 2, 0).numpy()], step)
         module.train()
