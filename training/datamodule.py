@@ -1,9 +1,8 @@
 """Lightning's side of the data: uint8 batches, addressed by step."""
 
 import signal
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytorch_lightning as pl
 import torch
@@ -11,92 +10,85 @@ from rich.progress import track
 from torch.utils.data import DataLoader
 
 from config import Config
-from dataset import Pictures, StepSampler, load_pictures
+from dataset import Images, StepSampler, load_images
 
 
-class Data(pl.LightningDataModule):
-    """uint8 batches of the global batch, addressed by step."""
+class ImageData(pl.LightningDataModule):
+    """A run's images: `train` and `validation`, in batches of the global batch.
+
+    Attributes:
+        images: {"train": ..., "validation": ...}; empty before `setup`.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.pictures: dict[str, Pictures] = {}
+        self.images: dict[str, Images] = {}
 
-    def prepare_data(self) -> None:  # once a node: whatever is fetched or decoded
-        self._load(progress=partial(track, description="Decoding pictures", transient=True))
+    def prepare_data(self) -> None:
+        """Download and decode whatever is missing; Lightning calls it once on each node."""
+        open_images(self.config, partial(track, description="Decoding images", transient=True))
 
     def setup(self, stage: str | None = None) -> None:
-        self.pictures = self._load()
-
-    def _load(self, progress=None) -> dict[str, Pictures]:
-        keys = self.config.dataset.model_dump(exclude={"random_flip"})
-        return load_pictures(**keys, progress=progress)
+        """Open the images."""
+        self.images = open_images(self.config)
 
     def fingerprints(self) -> dict[str, str]:
-        return {split: pictures.fingerprint() for split, pictures in self.pictures.items()}
+        """Return what identifies the images of each split."""
+        return {split: images.fingerprint() for split, images in self.images.items()}
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(
-            self.pictures["train"],
-            StepSampler(
-                count=len(self.pictures["train"]),
-                batch_size=self.config.training.batch_size,
-                seed=self.config.training.seed,
-                start_step=self.trainer.global_step,
-                rank=self.trainer.global_rank,
-                world_size=self.trainer.world_size,
-            ),
-        )
+        """Return this rank's shares of the batches from the current step on, without end."""
+        trainer = self.trainer
+        assert trainer
+        ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        return train_batches(self.images["train"], self.config, trainer.global_step, **ranks)
 
     def val_dataloader(self) -> DataLoader:
-        rows = range(len(self.pictures["validation"]))
+        """Return this rank's batches of the validation set; at least an empty one."""
+        assert self.trainer
+        rows = range(len(self.images["validation"]))
         size = self.config.training.batch_size
         batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
         mine = batches[self.trainer.global_rank :: self.trainer.world_size]
         if batches and not mine:
             mine = [[]]  # every rank takes part, and waits for none
-        return self._loader(self.pictures["validation"], mine)
-
-    def _loader(self, pictures: Pictures, batches) -> DataLoader:
-        return DataLoader(
-            pictures,
-            batch_size=None,  # the sampler yields whole batches
-            sampler=batches,
-            num_workers=self.config.training.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_signals_to_the_parent,
-        )
+        return _loader(self.images["validation"], mine, self.config)
 
 
-def leave_signals_to_the_parent(_: int) -> None:
-    """A terminal and SLURM signal every process; workers must outlive it to end the step."""
+def open_images(config: Config, progress: Callable | None = None) -> dict[str, Images]:
+    """Return a run's images by split; `progress` wraps the decoding of those not in the cache."""
+    return load_images(**config.dataset.model_dump(exclude={"random_flip"}), progress=progress)
+
+
+def train_batches(
+    images: Images, config: Config, step: int = 0, *, rank: int = 0, world_size: int = 1
+) -> DataLoader:
+    """Return a loader of one rank's shares of the batches of `step` and after, without end."""
+    sampler = StepSampler(
+        count=len(images),
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        start_step=step,
+        rank=rank,
+        world_size=world_size,
+    )
+    return _loader(images, sampler, config)
+
+
+def _loader(images: Images, batches: Iterable[list[int]], config: Config) -> DataLoader:
+    return DataLoader(
+        images,
+        batch_size=None,  # the sampler yields whole batches
+        sampler=batches,
+        num_workers=config.hardware.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_parent,
+    )
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Ignore what a terminal and SLURM send to every process: the parent still ends its step."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):  # Windows lacks some
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-# ---- a look at what is there already
-
-
-class NotDecoded(Exception):
-    """The pictures are not in the cache yet."""
-
-
-def refuse_to_decode(*_, **__):
-    raise NotDecoded("they are not decoded yet")
-
-
-def open_data(config: Config, ranks: int) -> tuple[Data, str]:
-    """The run's data; or random pictures of its shape, and why: nothing is fetched or decoded."""
-    data, keys, reason = Data(config), config.dataset, ""
-    data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=ranks)
-    try:
-        if keys.name != "digits" and not Path(keys.root).exists():
-            raise FileNotFoundError(f"{keys.root} (dataset.root) does not exist")
-        data.pictures = data._load(progress=refuse_to_decode)
-    except (FileNotFoundError, NotDecoded) as error:
-        reason = str(error).partition(";")[0]
-        shape = (config.training.batch_size, keys.channels, keys.image_size, keys.image_size)
-        random = torch.randint(0, 256, shape, dtype=torch.uint8).numpy()
-        data.pictures = {"train": Pictures(random), "validation": Pictures(random[:0])}
-    return data, reason

@@ -1,0 +1,81 @@
+"""Before the first step: compile the network, and find micro-batches that fit into memory."""
+
+import pytorch_lightning as pl
+import torch
+
+from config import Config
+from model import Network
+from pl_utils import DDPM
+
+
+class FitIntoMemory(pl.Callback):
+    """Compiles the network where that repays, and halves micro-batches until memory holds one.
+
+    Args:
+        begun: the step that training continues from.
+    """
+
+    def __init__(self, config: Config, begun: int = 0):
+        self.config = config
+        self.left = config.training.max_steps - begun
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, DDPM)
+        module.micro = self.prepare(module, trainer.world_size)
+        if trainer.world_size > 1:  # all ranks take the least of theirs
+            mine = torch.tensor(-float(module.micro), device=module.device)
+            module.micro = -int(trainer.strategy.reduce(mine, reduce_op="max"))
+
+    def prepare(self, module: DDPM, ranks: int = 1) -> int:
+        """Compile the module's network in place; return how many images fit at a time.
+
+        Raises:
+            ValueError: the config's micro-batches do not fit, or not even one image does.
+        """
+        hardware, on_cuda = self.config.hardware, module.device.type == "cuda"
+        module.unet.recompute = hardware.activation_checkpointing
+        micro = hardware.micro_batch_size or self.config.training.batch_size // ranks
+        long = on_cuda and self.left >= 10_000
+        if hardware.compile is True or (hardware.compile == "auto" and long):
+            module.unet.compile()  # in place: no name changes
+        elif not on_cuda:
+            return micro  # the system says by itself when memory is short
+        while not self._fits(module, micro):
+            micro //= 2
+        return micro
+
+    def _fits(self, module: DDPM, micro: int) -> bool:
+        """Tell whether memory holds the gradient of a micro-batch; give up a failed compilation."""
+        hardware, data = self.config.hardware, self.config.dataset
+        parameters = list(module.unet.parameters())
+        shape = (micro, data.channels, data.image_size, data.image_size)
+        x = torch.zeros(shape, device=module.device)
+        t = torch.zeros(micro, dtype=torch.long, device=module.device)
+        try:
+            # what Adam's moments and the ranks' gradients will take, which are not there yet
+            later = [torch.empty_like(p) for p in parameters * 3 if p.is_cuda]
+            loss = module.diffusion.loss(module.train_network, x, t, x).mean()
+            torch.autograd.grad(loss, parameters)
+            del later
+        except torch.OutOfMemoryError:
+            if hardware.micro_batch_size or micro % 2:
+                raise ValueError(
+                    f"micro-batches of {micro} do not fit in the memory of {module.device}; try a "
+                    "smaller hardware.micro_batch_size, or hardware.activation_checkpointing=true"
+                ) from None
+            print(f"{micro} images do not fit in memory: micro-batches of {micro // 2}")
+            return False
+        except Exception as error:
+            if not give_up_compiling(module.unet):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"hardware.compile: cannot be done here, going on without ({reason})")
+            return self._fits(module, micro)
+        return True
+
+
+def give_up_compiling(network: Network) -> bool:
+    """Make a network that `compile` changed run as it did before; tell whether it had."""
+    compiled = network._compiled_call_impl is not None  # private: torch has no way back
+    network._compiled_call_impl = None
+    return compiled
