@@ -52,6 +52,9 @@ def explained(path: str | Path, *, kept: bool = True) -> Iterator[None]:
         while cause is not None and not isinstance(cause, OSError):
             shown = None if cause.__suppress_context__ else cause.__context__
             cause = cause.__cause__ or shown
+        # torch's C++ says "unable to open file <...>: Too many open files (24)"
+        if cause is None and (found := re.match(r"unable to .*\((\d+)\)$", str(error))):
+            cause = OSError(int(found[1]), os.strerror(int(found[1])))
         if cause is None or str(cause).startswith("cannot write "):
             raise
         reason = cause.strerror or str(cause)

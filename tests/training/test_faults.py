@@ -197,8 +197,8 @@ def new_place(model, tmp_path):
     return new
 
 
-def contents(place: Path) -> dict[str, bytes | dict]:
-    """All files of the folder, without times."""
+def contents(place: Path) -> dict:
+    """All files of the folder, without times and the order of safetensors' header."""
     found = {}
     for path in sorted((place / "target").rglob("*")):
         if path.is_file():
@@ -207,6 +207,10 @@ def contents(place: Path) -> dict[str, bytes | dict]:
                 facts = json.loads(path.read_text())
                 facts.pop("seconds")
                 found[str(path.relative_to(place))] = facts
+            if path.suffix == ".safetensors":
+                data = path.read_bytes()
+                end = 8 + int.from_bytes(data[:8], "little")
+                found[str(path.relative_to(place))] = (json.loads(data[8:end]), data[end:])
     return found
 
 
