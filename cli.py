@@ -85,7 +85,7 @@ if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a c
 
 import typer  # noqa: E402  (may be missing)
 
-from config import Config, SamplingConfig, did_you_mean  # noqa: E402
+from config import Config, SamplingConfig, check_sampling, did_you_mean  # noqa: E402
 
 # ---- the terminal
 
@@ -140,10 +140,16 @@ def keys_like(incomplete: str) -> list[str]:
     return [key for key in keys if key.startswith(incomplete)]
 
 
+def sampling_keys(incomplete: str) -> list[str]:
+    """Return the keys of `sampling` that begin so."""
+    return [key for key in keys_like(incomplete) if key.startswith("sampling.")]
+
+
 def sampling_options(command: Callable) -> Callable:
     """Give a command an option for each key of the config's section `sampling`.
 
-    The command takes them as `sampling`: a dict of those that were given.
+    --eta 0.5 is an alias of `sampling.eta=0.5`, which may follow the arguments. The command takes
+    both as `sampling`: a dict of those that were given.
     """
     fields = SamplingConfig.model_fields
     parameters = dict(inspect.signature(command).parameters)
@@ -158,11 +164,32 @@ def sampling_options(command: Callable) -> Callable:
             default=None,
             annotation=Annotated[field.annotation | None, option],
         )
+    parameters["overrides"] = inspect.Parameter(
+        "overrides",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="SAMPLING.KEY=VALUE",
+                help="The same as the options below.",
+                autocompletion=sampling_keys,
+            ),
+        ],
+    )
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
+        overrides = given.pop("overrides") or []
+        if str(given.get("checkpoint")).startswith("sampling."):  # the first, after --run-name
+            overrides = [str(given["checkpoint"]), *overrides]
+            given["checkpoint"] = None
         chosen = {name: given.pop(name) for name in fields}
-        command(sampling={k: v for k, v in chosen.items() if v is not None}, **given)
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        try:
+            command(sampling=check_sampling(overrides) | chosen, **given)
+        except ValueError as error:
+            raise typer.Exit(fail(error)) from None
 
     ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
     with_options.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ import reprlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -276,6 +276,15 @@ class Config(Section):
         return self
 
 
+class SamplingOverrides(Section):
+    """What a command that samples can be told of the config."""
+
+    sampling: SamplingConfig = SamplingConfig()
+
+
+Kind = TypeVar("Kind", Config, SamplingOverrides)
+
+
 def divisors(n: int) -> str:
     """List the divisors of n, for hints."""
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
@@ -354,8 +363,21 @@ def check_config(tree: dict, *, source: str) -> Config:
     moved = move_old_keys(tree)
     if moved:
         print(f"{source}: read as {', '.join(moved)}", file=sys.stderr)
+    return _checked(Config, tree, source)
+
+
+def check_sampling(overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the keys of `sampling` that `sampling.key=value` set; ValueError for any other."""
+    tree: dict = {}
+    for override in overrides:
+        apply_override(tree, override)
+    _checked(SamplingOverrides, tree, "the command line")
+    return tree.get("sampling", {})
+
+
+def _checked(kind: type[Kind], tree: dict, source: str) -> Kind:
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
         raise ValueError(f"{source}:\n{faults}") from None

@@ -66,8 +66,8 @@ class Checkpoints(pl.Callback):
             )
         # Lightning saves in the middle of its batch count; ours are steps, so both are one number
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for count in (progress["total"], progress["current"]):
-            count.update(dict.fromkeys(count, checkpoint["global_step"]))
+        for counts in (progress["total"], progress["current"]):
+            counts.update(dict.fromkeys(counts, checkpoint["global_step"]))
 
     # ---- when to save
 

@@ -87,6 +87,8 @@ def find_start(
         checkpoint_path = None
     if checkpoint_path:
         checkpoint = read_state(checkpoint_path)
+        if requeued:  # before its first checkpoint
+            return Start(begun[0], checkpoint, lock=lock(begun[0], is_main))
         home = checkpoint[0].parent.parent
         inside = checkpoint[0].parent.name == "checkpoints" and (home / "config.yml").is_file()
         if inside and (not chosen or home.resolve() == (results / name).resolve()):
@@ -120,7 +122,7 @@ def read_state(path: Path) -> tuple[Path, dict]:
 
 
 def new_run(results: Path, name: str, chosen: bool, is_main: bool) -> tuple[Path, IO | None]:
-    """Return a folder that holds no run yet, locked: `name`; unless chosen, or name-2, name-3, ..."""
+    """Return a folder without a run, locked: `name`; unless chosen, or name-2, name-3, ..."""
     for number in count(1):
         run = results / (name if number == 1 else f"{name}-{number}")
         if (run / "config.yml").exists():
