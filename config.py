@@ -362,7 +362,10 @@ def check_config(tree: dict, *, source: str) -> Config:
     """Return a checked config of plain data; `source` names it in messages."""
     moved = move_old_keys(tree)
     if moved:
-        print(f"{source}: read as {', '.join(moved)}", file=sys.stderr)
+        keys = (
+            ", ".join(moved) if len(moved) < 5 else f"{len(moved)} keys of hardware, logging, ..."
+        )
+        print(f"{source}: moved from training to {keys}", file=sys.stderr)
     return _checked(Config, tree, source)
 
 

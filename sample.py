@@ -6,9 +6,10 @@ if __name__ == "__main__":
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cli import (
@@ -24,6 +25,10 @@ from cli import (
     usable_device,
     which_model,
 )
+
+if TYPE_CHECKING:
+    from diffusion_utils import Step
+    from weights import Model
 
 HELP = """
 Generate images with a trained model.
@@ -92,17 +97,8 @@ def sample(
         device = usable_device(device)
         import torch
 
-        from generation import (
-            MANY_CALLS,
-            chain,
-            generate,
-            make_denoiser,
-            resolve_precision,
-            sampling_recipe,
-        )
-        from generation import images as files
+        from generation import resolve_precision, sampling_recipe
         from generation.folder import free_folder, missing_seeds
-        from model import at_precision
         from weights import load_model
 
         model = load_model(source, weights).to(device)
@@ -110,8 +106,7 @@ def sample(
         steps, recipe = sampling_recipe(
             model, sampling, source=str(source), precision=precision, image_size=image_size
         )
-        channels, size = model.shape[0], recipe["image_size"]
-        if format == "jpg" and channels in (2, 4):
+        if format == "jpg" and model.shape[0] in (2, 4):
             raise ValueError("--format jpg knows no transparency, which these images have; png")
         if folder:
             missing = missing_seeds(folder, chosen, recipe)
@@ -127,56 +122,77 @@ def sample(
         f"{source} (step {model.step:,}, {model.weights} weights): {recipe['sampler']}, "
         f"{len(steps)} steps, on {device} in {precision}"
     )
+    copies = Copies(grid, upscale, format, gif)
     try:
-        calls = -(-len(missing) // batch_size) * len(steps)
-        denoiser = make_denoiser(
-            at_precision(model.network, precision),
-            model.diffusion,
-            times=[step.t for step in steps],
-            compiled=device.startswith("cuda")
-            and calls >= MANY_CALLS
-            and bool(model.config.hardware.compile),
-        )
-        where = dict(shape=(channels, size, size), device=device)
-        columns = TextColumn("{task.completed:.0f}/{task.total} images"), BarColumn()
-        with Progress(
-            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-        ) as bar:
-            advance = partial(bar.advance, bar.add_task("", total=len(missing)))
-            for batch, images in generate(
-                denoiser, steps, missing, batch_size=batch_size, advance=advance, **where
-            ):
-                for number, pixels in zip(batch, images, strict=True):
-                    path = files.image_file(folder, number)
-                    files.write_png(path, pixels, recipe | {"seed": number})
-        kept = len(chosen) - len(missing)
-        console.print(
-            f"{len(missing)} images written to {folder}"
-            + (f", {kept} were there already" if kept else "")
-        )
-        if grid:
-            pixels = files.image_grid(files.read_images(folder, chosen[:400]))
-            files.write_png(folder / "grid.png", pixels)
-            console.print(f"all together: {folder / 'grid.png'}")
-        also = []
-        if upscale or format != "png":
-            images = files.read_images(folder, chosen)
-            if upscale:
-                also.append(files.write_enlarged(folder, chosen, images, upscale))
-            if format != "png":
-                write = {"jpg": files.write_jpgs, "npz": files.write_npz}[format]
-                also.append(write(folder, chosen, images))
-        if gif:
-            states = chain(denoiser, steps, chosen[:36], **where)
-            also.append(files.write_gif(states, len(steps), folder / "chain.gif"))
-        for path in also:
-            console.print(f"also: {path}")
+        write_images(model, steps, chosen, missing, batch_size, folder, recipe, copies, console)
     except KeyboardInterrupt:
-        console.print(f"stopped; what is finished is in {folder}, the same command goes on")
+        console.print(f"stopped; what is finished is in {folder}, the same command continues")
         raise typer.Exit(130) from None
     except Exception as error:
         fail(error)
         raise typer.Exit(1) from None
+
+
+class Copies(NamedTuple):
+    """What is written beside the numbered images."""
+
+    grid: bool
+    upscale: int | None
+    format: str
+    gif: bool
+
+
+def write_images(
+    model: "Model",
+    steps: "list[Step]",
+    chosen: list[int],
+    missing: list[int],
+    batch_size: int,
+    folder: Path,
+    recipe: dict[str, Any],
+    copies: Copies,
+    console: Console,
+) -> None:
+    """Generate the missing images, write NNNNNN.png of each, and the copies of all."""
+    from generation import chain, generate, images, make_denoiser, pays_to_compile
+    from model import at_precision
+
+    calls = -(-len(missing) // batch_size) * len(steps)
+    denoiser = make_denoiser(
+        at_precision(model.network, recipe["precision"]),
+        model.diffusion,
+        times=[step.t for step in steps],
+        compiled=pays_to_compile(model.config, model.device, calls),
+    )
+    size = recipe["image_size"]
+    where = dict(shape=(model.shape[0], size, size), device=model.device)
+    columns = TextColumn("{task.completed:.0f}/{task.total} images"), BarColumn()
+    hidden = not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as bar:
+        where["advance"] = partial(bar.advance, bar.add_task("", total=len(missing)))
+        for seeds, batch in generate(denoiser, steps, missing, batch_size=batch_size, **where):
+            for seed, pixels in zip(seeds, batch, strict=True):
+                images.write_png(images.image_file(folder, seed), pixels, recipe | {"seed": seed})
+    kept = len(chosen) - len(missing)
+    console.print(
+        f"{len(missing)} images written to {folder}"
+        + (f", {kept} were there already" if kept else "")
+    )
+    if copies.grid:
+        grid = images.image_grid(images.read_images(folder, chosen[:400]))
+        images.write_png(folder / "grid.png", grid)
+        console.print(f"all together: {folder / 'grid.png'}")
+    if copies.upscale:
+        there = images.read_images(folder, chosen)
+        path = images.write_enlarged(folder, chosen, there, copies.upscale)
+        console.print(f"also: {path}")
+    if copies.format != "png":
+        write = {"jpg": images.write_jpgs, "npz": images.write_npz}[copies.format]
+        console.print(f"also: {write(folder, chosen, images.read_images(folder, chosen))}")
+    if copies.gif:
+        del where["advance"]
+        states = chain(denoiser, steps, chosen[:36], **where)
+        console.print(f"also: {images.write_gif(states, len(steps), folder / 'chain.gif')}")
 
 
 if __name__ == "__main__":

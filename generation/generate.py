@@ -13,7 +13,7 @@ from config import Config
 from diffusion_utils import Denoiser, GaussianDiffusion, Step, make_steps, reverse, to_uint8
 from model import Network, exact_float32, has_bf16
 
-MANY_CALLS = 5000  # of the network on CUDA; from here compiling repays its minute
+MANY_CALLS = 5000  # of the network; from here compiling on CUDA repays its minute
 
 
 def make_denoiser(
@@ -121,6 +121,11 @@ def generate(
         for _, x, _ in chain(denoiser, steps, batch, shape=shape, device=device):
             advance(len(batch) / len(steps))
         yield batch, to_uint8(x).cpu()
+
+
+def pays_to_compile(config: Config, device: torch.device, calls: int) -> bool:
+    """Tell whether so many network calls repay the minute that compiling takes."""
+    return device.type == "cuda" and calls >= MANY_CALLS and bool(config.hardware.compile)
 
 
 def quick_steps(diffusion: GaussianDiffusion) -> list[Step]:
