@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config import Config, check_config, differences, load_config, parse_yaml, to_yaml
-from dataset import load_pictures
+from config import Config, check_config, check_sampling, differences, load_config, to_yaml
+from dataset import load_images
 from diffusion_utils import GaussianDiffusion, make_steps
+from files import parse_yaml
 from model import UNet
 
 CONFIGS = sorted(Path("configs").glob("*.yml"))
@@ -51,7 +52,7 @@ def test_a_section_is_a_constructor():
         (config.model, UNet, data),
         (config.diffusion, GaussianDiffusion, set()),
         (config.sampling, make_steps, set()),
-        (config.dataset, load_pictures, set()),
+        (config.dataset, load_images, set()),
     ):
         parameters = inspect.signature(function).parameters.values()
         keywords = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
@@ -62,7 +63,7 @@ def test_a_section_is_a_constructor():
 
 def test_overrides_win():
     config = load_config(
-        DIGITS, ["training.batch_size=4", "model.channel_multipliers=[2]", "training.devices=auto",
+        DIGITS, ["training.batch_size=4", "model.channel_multipliers=[2]", "hardware.devices=auto",
                  "model.attention_resolutions=[]", "training.learning_rate=1e-5",
                  "training.gradient_clip_norm=null"],
     )  # fmt: skip
@@ -85,8 +86,13 @@ def test_overrides_win():
         ("training.learning_rate=.inf", "training.learning_rate: inf"),
         ("training.learning_rate=.nan", "training.learning_rate: nan"),
         ("training.max_steps=null", "training.max_steps: None"),
-        ("training.devices=0", "devices is 0"),
-        ("training.micro_batch_size=3", "micro_batch_size 3 does not divide batch_size 32"),
+        ("hardware.devices=0", "devices is 0"),
+        (
+            "hardware.micro_batch_size=3",
+            "micro_batch_size 3 does not divide training.batch_size 32",
+        ),
+        ("model.base_channels=2", "model.base_channels: 2"),
+        ("diffusion.prediction=noise", "diffusion.prediction: 'noise'"),
         ("training", "section.key=value"),
         ("training.=1", "section.key=value"),
         ("a.b.c=1", "section.key=value"),
@@ -117,16 +123,51 @@ def test_faults_name_the_key_the_value_and_the_rule(override, says, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "flowers102"])
-def test_a_test_set_is_what_is_held_out(name):
-    with pytest.raises(ValueError, match=f"fraction is 0.1; {name} holds out its own test set"):
+def test_a_test_set_is_the_validation_set(name):
+    with pytest.raises(ValueError, match=f"fraction is 0.1; {name} validates on its own test set"):
         load_config(DIGITS, [f"dataset.name={name}"])
     assert load_config(DIGITS, [f"dataset.name={name}", "dataset.validation_fraction=0"])
 
 
-def test_the_config_of_an_older_checkpoint_loads():
+def test_older_files_load_and_say_what_moved(capsys):
     tree = load_config(DIGITS).model_dump(mode="json")
-    del tree["dataset"]["fit"]
-    assert check_config(tree, source="") == load_config(DIGITS)
+    del tree["dataset"]["fit"], tree["diffusion"]["prediction"]
+    for section in ("hardware", "logging", "evaluation"):
+        tree["training"] |= tree.pop(section)
+    assert check_config(tree, source="old.yml") == load_config(DIGITS)
+    assert capsys.readouterr().err.startswith("old.yml: moved from training to 19 keys of")
+    assert load_config(DIGITS, ["training.devices=2"]).hardware.devices == 2
+    assert (
+        capsys.readouterr().err == "configs/digits.yml: moved from training to hardware.devices\n"
+    )
+    with pytest.raises(ValueError, match=r"training\.devices: no such key"):
+        load_config(DIGITS, ["training.devices=2", "hardware.devices=2"])
+
+
+def test_a_new_key_may_not_change_when_a_run_continues():
+    """What is free is named, key by key; the rest is learned."""
+    free = {
+        f"{section}.{key}"
+        for section, field in Config.model_fields.items()
+        for key, info in field.annotation.model_fields.items()
+        if info.json_schema_extra
+    }
+    whole = {"hardware", "logging", "evaluation", "sampling"}
+    some = {"dataset.root", "dataset.cache", "training.max_steps", "training.max_skipped_steps"}
+    assert {name for name in free if name.partition(".")[0] not in whole} == some
+    for section in whole:
+        keys = Config.model_fields[section].annotation.model_fields
+        assert {f"{section}.{key}" for key in keys} <= free
+
+
+def test_sampling_overrides():
+    assert check_sampling(["sampling.eta=0.5", "sampling.timesteps=7"]) == {
+        "eta": 0.5,
+        "timesteps": 7,
+    }
+    for wrong, says in (("sampling.eta=2", "sampling.eta: 2"), ("training.seed=1", "no such key")):
+        with pytest.raises(ValueError, match=says):
+            check_sampling([wrong])
 
 
 def test_all_faults_at_once():
@@ -162,7 +203,7 @@ def test_differences():
     old = load_config(DIGITS)
     new = load_config(DIGITS, ["training.seed=1", "training.max_steps=7"])
     assert differences(old, old) == []
-    assert differences(old, new, ignore={"training.max_steps"}) == ["training.seed: 0 -> 1"]
+    assert differences(old, new, learned=True) == ["training.seed: 0 -> 1"]
     assert len(differences(old, new)) == 2
 
 
@@ -174,10 +215,10 @@ def test_config_is_plain_and_frozen():
 
 
 def test_folders_are_taken_as_they_stand():
-    for text in ("my #1 pictures", "2024-02-03", "123", "a: b", "yes"):
+    for text in ("my #1 images", "2024-02-03", "123", "a: b", "yes"):
         assert load_config(DIGITS, [f"dataset.root={text}"]).dataset.root == text
     assert load_config(DIGITS, ['dataset.root=" a #b"']).dataset.root == " a #b"
-    home = load_config(DIGITS, ["training.results_folder=~/runs"]).training.results_folder
+    home = load_config(DIGITS, ["logging.results_folder=~/runs"]).logging.results_folder
     assert home == str(Path.home() / "runs")
 
 

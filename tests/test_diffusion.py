@@ -4,25 +4,30 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import process, steps_of
 
+from config import DiffusionConfig, SamplingConfig, TrainingConfig
 from diffusion_utils import (
-    GaussianDiffusion,
+    CELLS,
+    LOSS_WEIGHTS,
+    SAMPLERS,
+    SPACINGS,
+    T_DENSITIES,
+    TARGETS,
+    Step,
+    cell_edges,
     from_uint8,
-    make_steps,
+    make_betas,
     reverse,
     spaced_timesteps,
     to_uint8,
 )
 
 
-def process(schedule="linear", T=1000, start=1e-4, end=0.02):
-    return GaussianDiffusion(timesteps=T, beta_schedule=schedule, beta_start=start, beta_end=end)
-
-
-def steps_of(diffusion, sampler="ddpm", *, variance="large", eta=0.0, n=None, spacing="trailing"):
-    return make_steps(
-        diffusion, sampler=sampler, variance=variance, eta=eta, timesteps=n, spacing=spacing
-    )
+def denoiser_of(d, eps_model, *, clip=False):
+    """(x_t, t) -> x0_hat of a model of eps."""
+    clamp = (lambda x: x.clamp(-1, 1)) if clip else (lambda x: x)
+    return lambda x, t: clamp(d.predict_x_0(x, t, eps_model(x, t)))
 
 
 # ---- q
@@ -115,7 +120,7 @@ def test_one_step_at_a_time_is_the_jump():
         assert var == pytest.approx(1 - d.alpha_bar(t), rel=1e-9)
 
 
-def test_loss_is_a_mean_per_picture():
+def test_loss_is_a_mean_per_image():
     d = process()
     x, eps, guess = torch.randn(3, 5, 2, 4, 4)
     t = torch.randint(1000, (5,))
@@ -133,16 +138,85 @@ def test_loss_is_a_mean_per_picture():
     assert d.loss(lambda *_: eps, x, t, eps).eq(0).all()
 
 
+# ---- targets, weights, densities
+
+
+def test_choices_of_the_config_are_the_tables():
+    choices = lambda kind, key: set(kind.model_fields[key].annotation.__args__)
+    assert choices(DiffusionConfig, "prediction") == set(TARGETS)
+    assert choices(TrainingConfig, "loss_weight") == set(LOSS_WEIGHTS)
+    assert choices(TrainingConfig, "t_density") == set(T_DENSITIES)
+    assert choices(SamplingConfig, "sampler") == set(SAMPLERS)
+    assert choices(SamplingConfig, "spacing") == set(SPACINGS)
+    for schedule in choices(DiffusionConfig, "beta_schedule"):
+        assert len(make_betas(schedule, 7, 1e-4, 0.02)) == 7
+
+
+def test_targets_are_the_same_estimate():
+    """One x0_hat, said as eps, x_0 or v, has one loss, one estimate and one chain."""
+    x_0, eps, x0_hat = torch.randn(3, 6, 2, 4, 4, dtype=torch.float64)
+    t = torch.tensor([0, 1, 250, 500, 998, 999])
+    weight = torch.rand(1000, dtype=torch.float64)
+    results = []
+    for name in TARGETS:
+        d = process(prediction=name)
+        a = d.alpha_bar(t).view(-1, 1, 1, 1)
+        x_t = d.q_sample(x_0, t, eps)
+        eps_hat = (x_t - a.sqrt() * x0_hat) / (1 - a).sqrt()
+        F = d.target(x0_hat, t, eps_hat)
+        steps = steps_of(d, "ddim", n=20)
+        chain = reverse(
+            lambda x, t, d=d: d.predict_x_0(x, t, d.target(x.tanh(), t, (
+                x - math.sqrt(d.alpha_bar(t)) * x.tanh()) / math.sqrt(1 - d.alpha_bar(t)))),
+            x_0, steps, lambda _: 0.0,
+        )  # fmt: skip
+        *_, (_, sample, _) = chain
+        with pytest.MonkeyPatch.context() as patch:  # the loss is float32 in training
+            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+            loss = d.loss(lambda *_, F=F: F, x_0, t, eps, weight)
+        results.append([loss, d.predict_x_0(x_t, t, F), d.predict_eps(x_t, t, F), sample])
+        torch.testing.assert_close(results[-1][1], x0_hat, rtol=1e-9, atol=1e-9)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    plain = (eps - results[0][2]).square().mean(dim=(1, 2, 3)) * weight[t]
+    torch.testing.assert_close(results[0][0], plain, rtol=1e-9, atol=0)
+
+
+def test_losses_stay_finite_without_signal():
+    for name in TARGETS:
+        d = process("jsd", prediction=name)  # alpha_bar is 0 at the last t
+        x = torch.randn(1, 1, 2, 2)
+        loss = d.loss(lambda x_t, t: x_t, x, torch.tensor([999]), torch.randn_like(x))
+        assert loss.isfinite().all()
+        assert d.predict_eps(x, 999, x).isfinite().all()
+
+
+def test_t_is_drawn_from_its_density():
+    uniform = cell_edges(process().column(T_DENSITIES["uniform"]))
+    assert uniform.tolist() == [CELLS * (t + 1) for t in range(1000)]
+    cell = torch.arange(1000 * CELLS)
+    assert torch.equal(torch.searchsorted(uniform, cell, right=True), cell // CELLS)
+    density = torch.rand(1000, dtype=torch.float64) ** 4
+    density[10:20] = 0
+    t = torch.searchsorted(cell_edges(density), cell, right=True)
+    share = torch.bincount(t, minlength=1000) / len(cell)
+    torch.testing.assert_close(share.double(), density / density.sum(), rtol=0, atol=2e-6)
+    assert share[10:20].eq(0).all()
+
+
 # ---- step tables
 
 
 def exact_variance(d, steps, v=0.25):
     """Of the output when the data is N(0, v): x0_hat is then linear in x_t; no noise, no luck."""
-    cov = np.array([[1.0, 0.0], [0.0, 0.0]])  # of (x, previous x0_hat)
+    cov = np.diag([1.0, 0, 0, 0])  # of the two newest states and estimates
     for step in steps:
         a = d.alpha_bar(step.t)
-        gain = math.sqrt(a) * v / (a * v + 1 - a)
-        move = np.array([[step.c_t + step.c_0 * gain, step.c_1], [gain, 0.0]])
+        look = np.eye(4)  # the newest estimate enters
+        look[2:] = [[math.sqrt(a) * v / (a * v + 1 - a), 0, 0, 0], [0, 0, 1, 0]]
+        row = [*step.x, *[0] * (2 - len(step.x)), *step.x0, *[0] * (2 - len(step.x0))]
+        move = np.array([row, [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ look
         cov = move @ cov @ move.T
         cov[0, 0] += step.sigma**2
     return cov[0, 0]
@@ -175,11 +249,10 @@ def test_the_loop_has_the_variance_of_the_table():
         x0 = math.sqrt(a) * 0.25 / (a * 0.25 + 1 - a) * x
         return (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
 
-    for sampler, kwargs in (("ddpm", {}), ("ddim", {"eta": 0.5}), ("dpm++", {})):
+    for sampler, kwargs in (("ddpm", {}), ("ddim", {"eta": 0.5}), ("dpm++", {}), ("heun", {})):
         steps = steps_of(d, sampler, n=20, **kwargs)
-        chain = reverse(
-            d, eps_model, torch.randn(**random), steps, lambda _: torch.randn(**random), clip=False
-        )
+        denoiser, x_T = denoiser_of(d, eps_model), torch.randn(**random)
+        chain = reverse(denoiser, x_T, steps, lambda _: torch.randn(**random))
         *_, (_, x, x0_hat) = chain
         assert torch.equal(x, x0_hat)
         assert x.var().item() == pytest.approx(exact_variance(d, steps), rel=0.02)
@@ -203,7 +276,7 @@ def test_ddpm_over_all_steps_is_algorithm_2():
             sigma = math.sqrt(d.betas[t] if variance == "large" else beta_tilde)
             x = mean + (sigma * z[t] if t > 0 else 0)
         steps = steps_of(d, variance=variance)
-        *_, (_, ours, _) = reverse(d, eps_model, x_T, steps, lambda s: z[s.t], clip=False)
+        *_, (_, ours, _) = reverse(denoiser_of(d, eps_model), x_T, steps, lambda s: z[s.t])
         torch.testing.assert_close(ours, x, rtol=1e-11, atol=1e-11)
 
 
@@ -211,7 +284,8 @@ def test_clipping_is_before_the_posterior_mean():
     d = process()
     steps = steps_of(d)
     x = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
-    chain = reverse(d, lambda x, t: torch.zeros_like(x), x, steps[500:501], lambda _: 0.0)
+    denoiser = denoiser_of(d, lambda x, t: torch.zeros_like(x), clip=True)
+    chain = reverse(denoiser, x, steps[500:501], lambda _: 0.0)
     _, x_s, x0_hat = next(chain)
     a, a_prev, beta = d.alpha_bar(499), d.alpha_bar(498), d.betas[499]
     mean = beta * math.sqrt(a_prev) / (1 - a) * 1.0
@@ -228,15 +302,15 @@ def test_identities_between_samplers():
     for step in small[:-1]:  # eta = 1 is the posterior of Eq. 7 between any two steps
         a_t, a_s = d.alpha_bar(step.t), d.alpha_bar(step.s)
         beta = 1 - a_t / a_s
-        assert step.c_0 == pytest.approx(math.sqrt(a_s) * beta / (1 - a_t), rel=1e-9)
-        assert step.c_t == pytest.approx(math.sqrt(a_t / a_s) * (1 - a_s) / (1 - a_t), rel=1e-9)
+        assert step.x0[0] == pytest.approx(math.sqrt(a_s) * beta / (1 - a_t), rel=1e-9)
+        assert step.x[0] == pytest.approx(math.sqrt(a_t / a_s) * (1 - a_s) / (1 - a_t), rel=1e-9)
         assert step.sigma**2 == pytest.approx(beta * (1 - a_s) / (1 - a_t), rel=1e-9)
     for step in steps_of(d, "ddim", n=50)[:-1]:  # eta = 0: the first-order exponential integrator
         a_t, a_s = d.alpha_bar(step.t), d.alpha_bar(step.s)
         h = 0.5 * math.log(a_s / (1 - a_s)) - 0.5 * math.log(a_t / (1 - a_t))
-        assert step.c_t == pytest.approx(math.sqrt((1 - a_s) / (1 - a_t)), rel=1e-12)
-        assert step.c_0 == pytest.approx(-math.sqrt(a_s) * math.expm1(-h), rel=1e-11)
-        assert (step.c_1, step.sigma) == (0, 0)
+        assert step.x[0] == pytest.approx(math.sqrt((1 - a_s) / (1 - a_t)), rel=1e-12)
+        assert step.x0[0] == pytest.approx(-math.sqrt(a_s) * math.expm1(-h), rel=1e-11)
+        assert (len(step.x0), step.sigma) == (1, 0)
     large = steps_of(d)
     for step in large[:-1]:
         assert step.sigma**2 == pytest.approx(d.betas[step.t], rel=1e-9)
@@ -245,19 +319,19 @@ def test_identities_between_samplers():
 @pytest.mark.parametrize(
     "schedule", ["linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine"]
 )
-@pytest.mark.parametrize("spacing", ["trailing", "uniform", "quadratic", "logsnr"])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_table_is_sound(schedule, spacing, sampler):
     for T, n in ((1000, 1000), (1000, 50), (350, 7), (10, 10), (4, 2)):
         d = process(schedule, T)
         for variance, eta in (("large", 0.0), ("small", 1.0)):
             steps = steps_of(d, sampler, variance=variance, eta=eta, n=n, spacing=spacing)
-            assert 1 <= len(steps) <= n
-            assert np.isfinite(np.array(steps)).all()
-            assert all(a.s == b.t and a.t > a.s for a, b in itertools.pairwise(steps))
+            assert 1 <= len(steps) <= (2 * n - 1 if sampler == "heun" else n)
+            assert all(np.isfinite([*step.x, *step.x0, step.sigma]).all() for step in steps)
+            assert all(a.s == b.t and a.t >= a.s for a, b in itertools.pairwise(steps))
             _, s, *coefficients = steps[-1]
             assert s == -1
-            assert coefficients == [0, 1, 0, 0]
+            assert coefficients == [(0,), (1,), 0]
             assert steps[0].t < T
 
 
@@ -294,6 +368,45 @@ def test_spacings():
 def test_wrong_samplers_are_refused(kwargs, says):
     with pytest.raises(ValueError, match=says):
         steps_of(process(), **kwargs)
+
+
+def test_heun_is_the_textbooks():
+    """On N(0, 0.25), where the slope is known: Karras et al. 2022, Algorithm 1, written out."""
+    d, v = process(), 0.25
+
+    def x0_of(x, t):
+        a = d.alpha_bar(t)
+        return math.sqrt(a) * v / (a * v + 1 - a) * x
+
+    x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
+    times = [*spaced_timesteps(d, 12, "trailing"), -1]
+    y = x_T / math.sqrt(d.alpha_bar(times[0]))  # x over the signal; r is noise over signal
+    for t, s in itertools.pairwise(times):
+        r_t, r_s = (math.sqrt(1 / d.alpha_bar(u) - 1) for u in (t, s))
+        slope = (y - x0_of(y * math.sqrt(d.alpha_bar(t)), t)) / r_t
+        euler = y + (r_s - r_t) * slope
+        if s >= 0:
+            there = (euler - x0_of(euler * math.sqrt(d.alpha_bar(s)), s)) / r_s
+            y = y + (r_s - r_t) * (slope + there) / 2
+        else:
+            y = euler
+    steps = steps_of(d, "heun", n=12)
+    assert len(steps) == 23
+    *_, (_, x, _) = reverse(x0_of, x_T, steps, lambda _: 0.0)
+    torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    errors = [abs(exact_variance(d, steps_of(d, s, n=12)) - v) for s in ("ddim", "heun")]
+    assert errors[1] < errors[0] / 2
+
+
+def test_rows_may_go_up_and_ask_nothing():
+    up = Step(10, 20, (0.9,), (), 0.5)
+    down = Step(20, 10, (1.0, 0.5), (0.25,))
+    asked = []
+    denoiser = lambda x, t: asked.append(t) or x
+    x = torch.ones(1, 1, 1, 1)
+    (_, first, _), (_, second, _) = reverse(denoiser, x, [up, down], lambda _: x)
+    assert (first.item(), asked) == (pytest.approx(1.4), [20])
+    assert second.item() == pytest.approx(1.4 + 0.5 + 0.25 * 1.4)
 
 
 def test_jsd_starts_where_x_t_holds_something():

@@ -3,35 +3,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import CIFAR, HQ, TINY, wake
 from official_keys import official_keys
 from torch import nn
 
-from model import UNet, group_count, timestep_embedding
-
-TINY = {
-    "image_size": 8,
-    "channels": 3,
-    "base_channels": 32,
-    "channel_multipliers": [1, 2],
-    "num_res_blocks": 2,
-    "attention_resolutions": [4],
-    "dropout": 0.0,
-}
-PAPER = {"channels": 3, "base_channels": 128, "num_res_blocks": 2, "attention_resolutions": [16]}
-CIFAR = {**PAPER, "image_size": 32, "channel_multipliers": [1, 2, 2, 2], "dropout": 0.1}
-HQ = {**PAPER, "image_size": 256, "channel_multipliers": [1, 1, 2, 2, 4, 4], "dropout": 0.0}
-
-
-def wake(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights of ordinary size everywhere, so that no branch is silent."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in net.parameters():
-        fan = parameter[0].numel() if parameter.ndim > 1 else 4
-        with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(fan))
-            if parameter.ndim == 1:
-                parameter.add_(0.5)
-    return net
+from config import load_config
+from model import UNet, at_precision, build_network, group_count, timestep_embedding
 
 
 @pytest.mark.parametrize(
@@ -193,20 +170,32 @@ def test_batch_mates_do_not_meet():
         torch.testing.assert_close(net(x, t), alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"image_size": 9}, "multiple of 2"),
-        ({"attention_resolutions": [5]}, r"\[5\]"),
-        ({"base_channels": 2}, "less than 4"),
-    ],
-)
-def test_impossible_shapes_are_refused(change, says):
-    with pytest.raises(ValueError, match=says):
-        UNet(**{**TINY, **change})
+def test_a_network_without_numbers_takes_those_of_a_file():
+    config = load_config("configs/smoke.yml")
+    empty = build_network(config, "meta")
+    assert all(p.is_meta for p in empty.parameters())
+    whole = wake(build_network(config)).eval()
+    empty.load_state_dict(whole.state_dict(), assign=True)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 19])
+    assert torch.equal(empty.eval()(x, t), whole(x, t))
 
 
-def test_wrong_pictures_are_refused():
+def test_a_network_is_two_parts_and_one_embedding_does_for_all():
+    net = wake(UNet(**TINY)).eval()
+    x = torch.randn(3, 3, 8, 8)
+    each = net(x, torch.full((3,), 17))
+    rows = net.embed(torch.tensor([5, 17]))
+    torch.testing.assert_close(net.predict(x, rows[1:]), each, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(net(x, torch.tensor([17])), each, rtol=1e-5, atol=1e-5)
+    assert net.features(x, torch.tensor([17])).shape == (3, 64)
+    rounded = at_precision(net, "bfloat16")
+    error = (rounded(x, torch.tensor([17])) - each).abs().max() / each.abs().max()
+    assert 1e-4 < error < 0.1
+    assert torch.equal(rounded.embed(torch.tensor([17])), net.embed(torch.tensor([17])))
+    assert at_precision(net, "float32") is net
+
+
+def test_wrong_images_are_refused():
     net = UNet(**TINY)
     with pytest.raises(ValueError, match="multiples of 2"):
         net(torch.zeros(1, 3, 9, 8), torch.zeros(1))

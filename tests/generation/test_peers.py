@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from helpers import process, steps_of
 
-from diffusion_utils import GaussianDiffusion, make_steps, reverse
+from diffusion_utils import reverse
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -26,10 +27,8 @@ def test_the_same_chain(sampler, variance, eta, n):
     else:
         scheduler = diffusers.DDIMScheduler(set_alpha_to_one=True, **common)
     scheduler.set_timesteps(n)
-    d = GaussianDiffusion(timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-    steps = make_steps(
-        d, sampler=sampler, variance=variance, eta=eta, timesteps=n, spacing="trailing"
-    )
+    d = process()
+    steps = steps_of(d, sampler, variance=variance, eta=eta, n=n)
     assert scheduler.timesteps.tolist() == [step.t for step in steps]
 
     generator = torch.Generator().manual_seed(0)
@@ -37,7 +36,8 @@ def test_the_same_chain(sampler, variance, eta, n):
     weight, x_T = draw(), draw()
     eps_model = lambda x, t: torch.tanh(x + 0.3 * weight)
     noise = {step.t: draw() for step in steps}
-    *_, (_, ours, _) = reverse(d, eps_model, x_T, steps, lambda step: noise[step.t])
+    denoiser = lambda x, t: d.predict_x_0(x, t, eps_model(x, t)).clamp(-1, 1)
+    *_, (_, ours, _) = reverse(denoiser, x_T, steps, lambda step: noise[step.t])
 
     theirs = x_T
     for t in scheduler.timesteps:

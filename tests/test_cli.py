@@ -47,7 +47,7 @@ def test_packages_that_do_not_fit_together_are_named(tmp_path, monkeypatch):
     (tmp_path / "torchvision" / "__init__.py").write_text(broken)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for line in ("train.py configs/smoke.yml", "train.py configs/smoke.yml --dry-run"):
-        folder = shlex.quote(f"training.results_folder={tmp_path}")
+        folder = shlex.quote(f"logging.results_folder={tmp_path}")
         said = run(f"{line} {folder}", PROJECT, code=1)
         assert "error: torch and torchvision do not fit together" in said
         assert "pip install --force-reinstall torch torchvision" in said
@@ -57,7 +57,7 @@ def test_packages_that_do_not_fit_together_are_named(tmp_path, monkeypatch):
 def test_a_reader_that_leaves_and_letters_that_a_terminal_lacks(tmp_path):
     """`| head -1` with an ASCII terminal: training goes on, brackets and accents are names."""
     train = [sys.executable, PROJECT / "train.py", SMOKE, "--run-name", "café"]
-    train.append("training.results_folder=logs[bold]")
+    train.append("logging.results_folder=logs[bold]")
     shell = ["sh", "-c", '{ "$@" 2>&1; echo $? > code; } | head -1', "sh"]
     said = run([*shell, *train], tmp_path, env={"PYTHONIOENCODING": "ascii"})
     assert said == "run folder: logs[bold]/caf\\xe9\n"
