@@ -1,57 +1,33 @@
-"""What a run takes on this hardware, from a few of its own steps: time, memory, money."""
+"""Measure a few steps of a run on this hardware: what the whole run takes, in time and money."""
 
 import math
+import os
 import tempfile
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from callbacks import preview_steps, preview_weights
-from checkpoint import write_checkpoint
-from config import Config, TrainingConfig
-from data import open_data
-from diffusion_utils import from_uint8
-from hardware import (
-    activation_bytes,
-    count_flops,
-    device_name,
-    duration,
-    lacks_memory,
-    matmul_peak,
-    memory_there,
-    peak_memory,
-    si,
-    timed,
-)
-from model import UNet
-from pl_utils import DDPM, VALIDATE
-from trainer import build_trainer
+from config import Config
+from dataset import Batch, Images
+from model import build_network
+from pl_utils import DDPM, preview_weights, quick_images
+from training.datamodule import open_images, train_batches
+from training.fitting import FitIntoMemory
+from training.hardware import count_flops, duration, memory, si, timed
+from training.trainer import build_trainer
+from weights import write_checkpoint
 
-LONG = 10.0  # seconds; on a CPU, what would take longer is measured on a part and scaled
+LONG = 10.0  # seconds; what would take longer on a CPU is measured on a part and scaled
 
 
-class Quote(NamedTuple):
-    """What a run of the paper's is said to cost on rented TPUs."""
-
-    eflop: float
-    dollars: float
-    counts: dict[str, int]  # pictures to train on, and held out
-
-
-QUOTES = {
-    "cifar10": Quote(3.822, 70, {"train": 50_000, "validation": 10_000}),
-    "celebahq": Quote(47.70, 435, {"train": 30_000, "validation": 0}),
-}
+# EFLOP of the paper's runs, and the dollars that their TPUs are quoted at
+QUOTES = {"cifar10": (3.822, 70), "celebahq": (47.70, 435)}
 
 
 class Seconds(NamedTuple):
-    """Of one step, one set of preview pictures, one validation, one checkpoint; or of all."""
+    """Seconds of a step, a set of previews, a validation and a checkpoint; of one, or of all."""
 
     step: float
     preview: float
@@ -59,331 +35,180 @@ class Seconds(NamedTuple):
     checkpoint: float
 
 
-# ---- arithmetic
-
-
-def one_picture(config: Config) -> tuple[UNet, torch.Tensor, torch.Tensor]:
-    """The network and what it takes, without numbers."""
+def flops_per_image(config: Config) -> tuple[int, int]:
+    """Return the FLOPs of one image: forward, and in training without what is recomputed."""
     data = config.dataset
-    with torch.device("meta"):
-        net = UNet(image_size=data.image_size, channels=data.channels, **config.model.model_dump())
-        net.recompute = config.training.activation_checkpointing
-        x = torch.empty(1, data.channels, data.image_size, data.image_size)
-        return net, x, torch.zeros(1, dtype=torch.long)
+    x = torch.empty(1, data.channels, data.image_size, data.image_size, device="meta")
+    t = torch.zeros(1, dtype=torch.long, device="meta")
+    return count_flops(build_network(config, "meta"), x, t)
 
 
-def flops_per_picture(config: Config) -> tuple[int, int]:
-    """FLOPs of one picture: forward, and in training without what checkpointing repeats."""
-    net, x, t = one_picture(config)
-    net.recompute = False
-    return count_flops(net, x, t)
-
-
-def project(training: TrainingConfig, once: Seconds) -> Seconds:
-    """Seconds of the whole run, by kind."""
-    steps = training.max_steps
+def project(config: Config, once: Seconds) -> Seconds:
+    """Return the seconds of the whole run."""
+    steps, logging = config.training.max_steps, config.logging
     times = lambda every: steps // every if every else 0
-    every, save_every = training.preview_every, training.save_every
-    sets = sum(len(preview_weights(training, k * every)) for k in range(1, times(every) + 1))
+    every, save_every = logging.preview_every, logging.save_every
+    sets = sum(len(preview_weights(config, k * every)) for k in range(1, times(every) + 1))
     at_the_end = not save_every or steps % save_every != 0
     return Seconds(
         step=steps * once.step,
         preview=sets * once.preview,
-        validation=times(training.validate_every) * once.validation,
+        validation=times(config.evaluation.validate_every) * once.validation,
         checkpoint=(times(save_every) + at_the_end) * once.checkpoint,
     )
 
 
-def price(hours: float, dollars_per_hour: float | None, quote: Quote | None) -> str:
-    """What `hours` cost, beside what the run is quoted at."""
-    if dollars_per_hour is None:
-        if not quote:
-            return "give --dollars-per-hour"
-        rate = f"${quote.dollars:g}, which is ${quote.dollars / hours:,.3g} an hour here"
-        return f"give --dollars-per-hour; a TPU run of it is quoted at {rate}"
-    dollars = hours * dollars_per_hour
-    text = f"${dollars:,.2f} at ${dollars_per_hour:,.2f} an hour"
-    if quote and dollars:
-        ratio = quote.dollars / dollars
-        compared = f"{ratio:,.1f}x less" if ratio >= 1 else f"{1 / ratio:,.1f}x more"
-        text += f", {compared} than the ${quote.dollars:g} that a TPU run of it is quoted at"
+def price(hours: float, dollars_per_hour: float | None, quote: float | None) -> str:
+    """Return what the hours cost, beside the dollars that the paper's run is quoted at."""
+    text = "give --dollars-per-hour"
+    if dollars_per_hour is not None:
+        text = f"${hours * dollars_per_hour:,.2f} at ${dollars_per_hour:,.2f} an hour"
+    if quote:
+        here = f"${quote / hours:,.3g} an hour here"
+        text += f"; on TPUs this run is quoted at ${quote:g}, which is {here}"
     return text
 
 
-# ---- the run, in small
+class NotDecoded(Exception):
+    """The images are not in the cache yet."""
+
+
+def images_or_noise(config: Config) -> tuple[dict[str, Images], str]:
+    """Return the run's images by split; or random ones of their shape, and why. Decodes nothing."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise NotDecoded("they are not decoded yet")
+
+    data = config.dataset
+    try:
+        if data.name != "digits" and not Path(data.root).exists():
+            raise FileNotFoundError(f"{data.root} (dataset.root) does not exist")
+        return open_images(config, refuse), ""
+    except (FileNotFoundError, NotDecoded) as error:
+        shape = config.training.batch_size, data.channels, data.image_size, data.image_size
+        noise = torch.randint(0, 256, shape, dtype=torch.uint8).numpy()
+        images = {"train": Images(noise), "validation": Images(noise[:0])}
+        return images, str(error).partition(";")[0]
 
 
 class Rehearsal:
-    """Steps of a run with its own sizes, without Lightning's loop, and with nothing written."""
+    """Parts of a run at its own sizes, without Lightning's loop; no files stay."""
 
     def __init__(self, config: Config):
-        self.results = Path(config.training.results_folder).absolute()
-        silent = {"logger": ["csv"], "evaluate_every": 0}  # which writes and fetches nothing
-        silent = config.model_copy(update={"training": config.training.model_copy(update=silent)})
+        self.config, self.results = config, Path(config.logging.results_folder).absolute()
+        logging = config.logging.model_copy(update={"logger": ["csv"]})  # which writes nothing yet
+        silent = config.model_copy(update={"logging": logging})
         trainer = build_trainer(silent, self.results / "dry-run", Console(quiet=True))
         self.device, self.ranks = trainer.strategy.root_device, trainer.world_size
         self.share = config.training.batch_size // self.ranks
-        self.at_once = min(config.training.micro_batch_size or self.share, self.share)
-        self.data, self.stand_in = open_data(config, self.ranks)
-        self.batches = iter(self.data.train_dataloader())
-        self.ddpm = DDPM(config).to(self.device)
-        self.ddpm.trainer = trainer
-        self.start = timed(self.ddpm.on_fit_start, self.device)  # seconds
-        self.optimizer = self.ddpm.configure_optimizers()
+        self.images, self.why_noise = images_or_noise(config)
+        self.batches = iter(train_batches(self.images["train"], config, world_size=self.ranks))
+        self.module = DDPM(config).to(self.device)
+        self.optimizer = self.module.configure_optimizers()
         self.step = 0
-        self.notes: list[str] = []
 
-    def steps(self, count: int, part: int) -> None:
-        """Whole training steps from `part` pictures each."""
-        for _ in range(count):
-            batch = next(self.batches).to(self.device, non_blocking=True)[:part]
-            self.ddpm.update(batch, self.optimizer, step=self.step)
-            self.step += 1
+    def steps(self, count: int, part: int) -> float:
+        """Return the mean seconds of `count` training steps from `part` images each."""
 
-    def fit_into_memory(self, part: int) -> float:
-        """The first step's seconds; in ever smaller micro-batches while memory does not suffice."""
-        while True:
-            try:
-                seconds = timed(lambda: self.steps(1, part), self.device)
-                break
-            except RuntimeError as error:
-                if not lacks_memory(error):
-                    raise
-            micro = min(self.ddpm.micro, part)
-            if micro == 1:
-                raise ValueError(
-                    "not even one picture at a time fits into the memory of "
-                    f"{device_name(self.device)}; try training.activation_checkpointing=true, or "
-                    "a smaller model"
-                )
-            self.ddpm.micro = max(d for d in range(1, micro // 2 + 1) if self.share % d == 0)
-            self.optimizer.zero_grad()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        if self.ddpm.micro < self.at_once:
-            self.notes = [
-                f"{self.at_once} pictures at a time do not fit into memory; "
-                f"training.micro_batch_size={self.ddpm.micro} does, and is the same step (measured)"
-            ]
-        return seconds
+        def run() -> None:
+            for _ in range(count):
+                batch = Batch(next(self.batches).images[:part].to(self.device, non_blocking=True))
+                self.module.update(batch, self.optimizer, step=self.step)
+                self.step += 1
 
-    def preview(self, share: float) -> float:
-        """Seconds of one set of preview pictures, from about this share of the network calls."""
-        steps = preview_steps(self.ddpm.diffusion)
-        images = self.ddpm.config.training.preview_images
-        calls = min(len(steps), math.ceil(share * len(steps)))
-        some = min(images, max(1, round(share * images * len(steps) / calls)))
-        self.ddpm.eval()
-        net = self.ddpm.sampling_net()
-        run = lambda: self.ddpm.sample(steps[:calls], list(range(some)), net=net).cpu()
-        whole = calls == len(steps) and some == images
-        if whole:
-            run()  # to warm up
-        else:
-            self.notes.append(
-                f"previews: scaled from {calls} x {some} network calls to {len(steps)} x {images}"
-            )
-        seconds = timed(run, self.device)
-        self.ddpm.train()
-        return seconds * len(steps) / calls * images / some
+        return timed(run, self.device) / count
 
-    @torch.no_grad()
-    def validation(self, part: int) -> float:
-        """Seconds a held-out picture."""
-        x_0 = from_uint8(next(self.batches).to(self.device)[:part])
-        t, eps, _ = self.ddpm.draw(VALIDATE, 0, part)
-        parts = [v.split(self.ddpm.micro) for v in (x_0, t, eps)]
-        loss = self.ddpm.diffusion.loss
-        run = lambda: [loss(self.ddpm, *v) for v in zip(*parts, strict=True)]
-        return timed(run, self.device) / part
+    def train(self) -> tuple[int, float, float, float]:
+        """Return how many images were measured, bytes, seconds of a step, and of the start."""
+        on_cuda, fitting = self.device.type == "cuda", FitIntoMemory(self.config)
+        start = timed(lambda: fitting.prepare(self.module, self.ranks), self.device)
+        part = self.share if on_cuda else 1
+        start += self.steps(1, part)
+        seconds, (one, _) = self.steps(1, part), memory(self.device)
+        if not on_cuda and self.share > 1:
+            part = min(self.share, max(2, int(LONG / seconds)))
+            seconds = self.steps(1, part)
+        seconds = self.steps(max(1, min(200, round(LONG / 2 / seconds))), part)
+        peak, micro = memory(self.device)[0], self.module.micro or self.share
+        if part < micro:  # each further image keeps its activations
+            peak += (micro - part) * (peak - one) / (part - 1)
+        return part, peak, seconds * self.share / part, start
+
+    def preview(self) -> float:
+        """Return the seconds of one set of previews; on a CPU scaled from one image."""
+        count, module = self.config.logging.preview_images, self.module.eval()
+        on_cuda = self.device.type == "cuda"
+        some = count if on_cuda else 1
+        draw = lambda: list(quick_images(module, module.ema, list(range(some))))
+        seconds = min(timed(draw, self.device) for _ in range(1 + on_cuda))  # the first warms up
+        module.train()
+        return seconds * count / some
 
     def checkpoint(self) -> tuple[float, int]:
-        """Seconds and bytes of one, written as a run does on the same disk, and deleted."""
-        contents = {
-            "global_step": self.step,
-            "state_dict": self.ddpm.state_dict(),
-            "optimizer_states": [self.optimizer.state_dict()],
-            "hyper_parameters": self.ddpm.config.model_dump(mode="json"),
-        }
+        """Return the seconds and bytes of one, written where the run's would be, and deleted."""
+        states = {"state_dict": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         home = next(p for p in (self.results, *self.results.parents) if p.is_dir())
         with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=home) as folder:
             path = Path(folder, "step.ckpt")
-            seconds = timed(lambda: write_checkpoint(contents, path), self.device)
+            seconds = timed(lambda: write_checkpoint(states, path), self.device)
             return seconds, path.stat().st_size
 
 
 def rehearse(config: Config, console: Console, *, dollars_per_hour: float | None = None) -> None:
-    """Measure a few steps, one set of previews and one checkpoint of a run; print what it takes.
-
-    Raises:
-        ValueError: hardware that is not there, a batch that it cannot share, damaged pictures, or
-            a network too large for it. OSError: a folder for checkpoints that cannot be written.
-    """
-    warnings.filterwarnings("ignore", message="This DataLoader will create")
-    with console.status("building the network") as status:
-        found = measure(config, status.update)
-    rows = describe(config, found, dollars_per_hour)
-    if not console.is_terminal:
-        for name, text in rows:
-            console.print(f"{name}: {text}")
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(Text(row[0], "bold"), row[1])
-    console.print(table, soft_wrap=False)
+    """Measure a few steps, a preview and a checkpoint of a run; print what the whole takes."""
+    with console.status("measuring a few steps"):
+        rows = measure(config, dollars_per_hour)
+    for name, text in rows.items():
+        console.print(f"{name}: {text}")
 
 
-class Measured(NamedTuple):
-    """What `measure` found, of one device."""
-
-    hardware: str
-    peak: float  # FLOP/s of matrix products in the precision of the network
-    data: str
-    held_out: int
-    parameters: int
-    flops: tuple[int, int]  # of one picture: forward, in training
-    once: Seconds
-    first_step: float  # seconds
-    repeats: int
-    memory: str
-    checkpoint_size: int  # bytes
-    notes: list[str]
-
-
-def measure(config: Config, say: Callable[[str], None]) -> Measured:
-    """Run the parts of a run, as few as will do; `say` is told which."""
-    run = Rehearsal(config)
-    training, device, share = config.training, run.device, run.share
-    forward, flops = flops_per_picture(config)
-
-    part = repeats = 1
-    if device.type == "cuda":
-        part = share
-    else:
-        say("a step of one picture")
-        first = seconds = run.fit_into_memory(1)
-        if first < LONG:
-            seconds = timed(lambda: run.steps(1, 1), device)
-            part = min(share, max(2, int(LONG / seconds)))
-    if part > 1 or share == 1:
-        say("training steps")
-        first = run.fit_into_memory(part)
-        seconds = timed(lambda: run.steps(1, part), device)
-        repeats = max(1, min(200, round(LONG / 2 / seconds)))
-        if repeats > 1:
-            seconds = timed(lambda: run.steps(repeats, part), device) / repeats
-    if training.evaluate_every:
-        run.notes.append("what training.evaluate_every asks for is not in it")
-    if part < share:
-        run.notes.append(f"steps: scaled from {part} of the {share} pictures")
-
-    parameters = sum(p.numel() for p in run.ddpm.unet.parameters())
-    memory, there = peak_memory(device), memory_there(device)
-    at_once = min(run.ddpm.micro, share)
-    if part < at_once:  # each further picture keeps its activations
-        each = activation_bytes(*one_picture(config)) / (2 if run.ddpm.bf16 else 1)
-        least = memory + (8 * parameters if run.step == 1 else 0)  # Adam's came after the peak
-        memory = least + (at_once - part) * each
-        if memory > there:
-            fitting = (d for d in range(1, at_once) if share % d == 0)
-            fits = max((d for d in fitting if least + (d - part) * each < there), default=1)
-            run.notes.append(
-                f"{at_once} pictures at a time will not fit; training.micro_batch_size={fits} "
-                "should, and is the same step"
-            )
-
-    data, quote = config.dataset.name, QUOTES.get(config.dataset.name)
-    counts = {key: len(pictures) for key, pictures in run.data.pictures.items()}
-    if run.stand_in:
-        counts = quote.counts if quote else counts
-        data = f"random pictures in place of {data}'s: {run.stand_in}"
-    else:
-        data += f", {counts['train']:,} pictures, {counts['validation']:,} held out"
-
-    preview = validation = 0.0
-    if training.preview_every:
-        say("previews")
-        calls = training.preview_images * len(preview_steps(run.ddpm.diffusion))
-        affordable = LONG / 2 * flops * part / seconds / forward
-        preview = run.preview(min(1.0, affordable / calls))
-    if training.validate_every and counts["validation"]:
-        say("validation")
-        validation = run.validation(part) * counts["validation"] / run.ranks
-    say("a checkpoint")
-    checkpoint, size = run.checkpoint()
-    say("matrix products")
-    dtype = torch.bfloat16 if run.ddpm.bf16 else torch.float32
-    peak = matmul_peak(device, dtype)
-    hardware = f"{device_name(device)}; {si(peak, 'FLOP/s')} in {str(dtype)[6:]} products"
-    if run.ranks > 1:
-        hardware += f"; one of {run.ranks} was measured, without the exchange of gradients"
-    return Measured(
-        hardware=hardware,
-        peak=peak * run.ranks,
-        data=data,
-        held_out=counts["validation"],
-        parameters=parameters,
-        flops=(forward, flops),
-        once=Seconds(seconds * share / part, preview, validation, checkpoint),
-        first_step=run.start + first * share / part,
-        repeats=repeats,
-        memory=f"{'about ' * (part < at_once)}{memory / 2**30:.2f} of {there / 2**30:.1f} GiB",
-        checkpoint_size=size,
-        notes=run.notes,
-    )
-
-
-def describe(
-    config: Config, found: Measured, dollars_per_hour: float | None
-) -> list[tuple[str, str]]:
-    """What the whole run takes, as rows of a name and a text."""
-    training, once = config.training, found.once
-    whole = project(training, once)
-    share = lambda seconds: f"{seconds / sum(whole):.2%} of the time"
-    forward, flops = found.flops
+def measure(config: Config, dollars_per_hour: float | None = None) -> dict[str, str]:
+    """Return what a run takes, as texts by name, from as few of its parts as will do."""
+    run, training, logging = Rehearsal(config), config.training, config.logging
+    name, side, device = config.dataset.name, config.dataset.image_size, run.device
+    forward, flops = flops_per_image(config)
     step_flops = flops * training.batch_size
     run_flops = step_flops * training.max_steps
-    quote = QUOTES.get(config.dataset.name)
-    if quote and not math.isclose(run_flops / 1e18, quote.eflop, rel_tol=0.001):
-        quote = None  # of another run
+    part, peak, step, start = run.train()
+    counts = {key: len(images) for key, images in run.images.items()}
+    preview = run.preview() if logging.preview_every else 0.0
+    validation = step * counts["validation"] / training.batch_size * forward / flops
+    checkpoint, size = run.checkpoint()
+    once = Seconds(step, preview, validation, checkpoint)
+    whole = project(config, once)
 
-    rows = [
-        ("hardware", found.hardware),
-        ("data", found.data),
-        (
-            "network",
-            f"{found.parameters:,} parameters; a picture of {config.dataset.image_size}x"
-            f"{config.dataset.image_size} is {si(forward, 'FLOP')} forward, "
-            f"{si(flops, 'FLOP')} in training",
-        ),
-        (
-            "step",
-            f"{duration(once.step)} for {training.batch_size} pictures, {si(step_flops, 'FLOP')}; "
-            f"mean of {found.repeats}, the first took {duration(found.first_step)}",
-        ),
-        (
-            "speed",
-            f"{training.batch_size / once.step:,.4g} images/s, "
-            f"{step_flops / once.step / found.peak:.1%} of the matrix products' speed (MFU)",
-        ),
-        ("memory", found.memory),
-    ]
-    beside = [
-        (f"{training.preview_images} pictures", training.preview_every),
-        (f"{found.held_out:,} pictures", training.validate_every),
-        (f"{found.checkpoint_size / 1e6:,.4g} MB", training.save_every),
-    ]
-    names = Seconds._fields[1:]
-    for name, (what, every), seconds, total in zip(names, beside, once[1:], whole[1:], strict=True):
-        when = f"every {every:,} steps" if every else "at the end"
-        text = f"{duration(seconds)} for {what}, {when}: {share(total)}"
-        rows.append((name, text if seconds else "none"))
-    rows += [
-        (
-            "run",
-            f"{duration(sum(whole))} for {training.max_steps:,} steps, {si(run_flops, 'FLOP')}; "
-            f"all but the steps is {share(sum(whole[1:]))}",
-        ),
-        ("cost", price(sum(whole) / 3600, dollars_per_hour, quote)),
-    ]
-    return rows + [("note", note) for note in found.notes]
+    data = f"{name}, {counts['train']:,} images, {counts['validation']:,} for validation"
+    if run.why_noise:
+        data = f"random images in place of {name}: {run.why_noise}"
+    micro, there = run.module.micro or run.share, memory(device)[1]
+    alone = f"; one of {run.ranks}, without the exchange of gradients" if run.ranks > 1 else ""
+    scaled = f", scaled from {part} of a device's {run.share}" if part < run.share else ""
+    too_much = "; that is too much: lower hardware.micro_batch_size" if peak > there else ""
+    cores = f"{device.type}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    on_cuda, parameters = device.type == "cuda", run.module.unet.parameters()
+    percent = lambda seconds: f"{seconds / sum(whole):.2%} of the time"
+    rows = {
+        "hardware": (torch.cuda.get_device_name(device) if on_cuda else cores) + alone,
+        "data": data,
+        "network": f"{sum(p.numel() for p in parameters):,} parameters; an image of {side}x{side} "
+        f"takes {si(forward, 'FLOP')} forward, {si(flops, 'FLOP')} in training",
+        "step": f"{duration(step)} for {training.batch_size} images{scaled}, "
+        f"{si(step_flops, 'FLOP')}; the first after {duration(start)}",
+        "speed": f"{training.batch_size / step:,.4g} images/s",
+        "memory": f"{'about ' * (part < micro)}{peak / 2**30:.2f} of {there / 2**30:.1f} GiB, "
+        f"{micro} images at a time{too_much}",
+    }
+    some = f"{logging.preview_images} images", f"{counts['validation']:,} images"
+    for key, what, one, total in zip(
+        Seconds._fields[1:], (*some, f"{size / 1e6:,.4g} MB"), once[1:], whole[1:], strict=True
+    ):
+        rows[key] = f"{duration(one)} for {what}; {percent(total)}" if total else "none"
+    without = ", without evaluation.evaluate_every" if config.evaluation.evaluate_every else ""
+    rows["run"] = (
+        f"{duration(sum(whole))} for {training.max_steps:,} steps, {si(run_flops, 'FLOP')}; "
+        f"{percent(sum(whole[1:]))} is not spent on steps{without}"
+    )
+    eflop, dollars = QUOTES.get(name, (0, 0))
+    same = math.isclose(run_flops / 1e18, eflop, rel_tol=0.001)
+    rows["cost"] = price(sum(whole) / 3600, dollars_per_hour, dollars if same else None)
+    return rows
