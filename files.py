@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -111,6 +112,14 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, pattern: str = ".*.tmp") -> None:
+    """Delete what processes that were killed left in `folder` more than a day ago."""
+    for leftover in folder.glob(pattern):
+        with suppress(OSError):  # another process may be faster
+            if time.time() - leftover.stat().st_mtime > 24 * 3600:
+                remove(leftover)
 
 
 class _Loader(yaml.SafeLoader):

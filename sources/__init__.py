@@ -1,1 +1,6 @@
-"""TODO."""
+"""Images as they are found: files, archives, arrays, the Hub, and datasets with a name."""
+
+from sources.files import Progress, Source, in_threads, open_files, why_unusable
+from sources.named import find_images
+
+__all__ = ["Progress", "Source", "find_images", "in_threads", "open_files", "why_unusable"]

@@ -1,4 +1,4 @@
-"""A folder, a zip, a tar, an lmdb, an array or a set on the hub: each opened as a `Source`."""
+"""Open a folder, a zip, a tar, an lmdb, an array or a dataset of the Hub, each as a `Source`."""
 
 import io
 import os
@@ -11,23 +11,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+Progress = Callable[..., Any]  # wraps an iterable and knows `total=`
 T = TypeVar("T")
 # large images are no attack where people train on them; too large ones are still refused
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Source(NamedTuple):
-    """Pictures that are still to be decoded.
+    """Images that are still to be decoded.
 
-    identity: JSON that changes when the pictures do; what is decoded from them is found by it.
-    names: one a picture, for people.
-    open: row -> the picture. Any thread may call it; rows in about this order are fastest.
+    identity: JSON that changes when the images do; the cache goes by it.
+    names: one for each image, for people.
+    open: row -> the image. Any thread may call it; rows in about this order are fastest.
     """
 
     identity: list
@@ -36,17 +37,17 @@ class Source(NamedTuple):
 
 
 def in_threads(function: Callable[[int], T], count: int) -> Iterator[T]:
-    """function(0), function(1), ... in order, some of them at a time."""
+    """Yield function(0), function(1), ... in order, several of them computed at a time."""
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable files
         for start in range(0, count, 4096):
             yield from pool.map(function, range(start, min(start + 4096, count)))
 
 
-def explain(error: Exception) -> str:
-    """Why a file cannot be used, in a few words."""
+def why_unusable(error: Exception) -> str:
+    """Say in a few words why a file cannot be used."""
     if isinstance(error, UnidentifiedImageError):
-        return "not a picture"
+        return "not an image"
     if isinstance(error, ValueError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}"
@@ -55,39 +56,40 @@ def explain(error: Exception) -> str:
 # ---- a folder, an archive
 
 
-def is_picture(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Tell whether a path inside a folder or an archive is an image's, and not hidden."""
     parts = name.split("/")
     hidden = any(part.strip(".") and part.startswith((".", "__MACOSX")) for part in parts)
     return name.lower().endswith(EXTENSIONS) and not hidden
 
 
 def open_files(root: Path) -> Source:
-    """All pictures of a folder, searched through, of a zip or of a tar."""
+    """Open all images of a folder and the folders below it, of a zip or of a tar."""
     if root.is_dir():
         names = (path.relative_to(root).as_posix() for path in files_under(root))
-        source = open_folder(root, [n for n in names if is_picture(n) and (root / n).is_file()])
-    elif not root.is_file() and root.exists():
-        raise ValueError(f"{root} (dataset.root) is neither a folder nor a file")
-    elif zipfile.is_zipfile(root):
-        source = open_zip(root)
-    elif root.is_file() and tarfile.is_tarfile(root):
-        source = open_tar(root)
-    elif root.exists():
-        raise ValueError(
-            f"{root} (dataset.root) is neither a folder nor a zip or tar, or is damaged"
-        )
-    else:
+        source = open_folder(root, [n for n in names if is_image(n) and (root / n).is_file()])
+    elif not root.exists():
         raise FileNotFoundError(
             f"{root} (dataset.root) does not exist; give a folder, a zip or a tar"
         )
+    elif not root.is_file():
+        raise ValueError(f"{root} (dataset.root) is neither a folder nor a file")
+    elif zipfile.is_zipfile(root):
+        source = open_zip(root)
+    elif tarfile.is_tarfile(root):
+        source = open_tar(root)
+    else:
+        raise ValueError(
+            f"{root} (dataset.root) is neither a folder nor a zip or tar, or is damaged"
+        )
     if not source.names:
         kinds = ", ".join(extension[1:] for extension in EXTENSIONS)
-        raise FileNotFoundError(f"{root} (dataset.root) holds no pictures ({kinds})")
+        raise FileNotFoundError(f"{root} (dataset.root) holds no images ({kinds})")
     return source
 
 
 def files_under(root: Path) -> Iterator[Path]:
-    """Through links to folders too, each folder once."""
+    """Yield the files below `root`, through links to folders too, each folder once."""
     seen = set()
     for folder, below, files in os.walk(root, followlinks=True):
         here = os.stat(folder)
@@ -100,6 +102,7 @@ def files_under(root: Path) -> Iterator[Path]:
 
 
 def open_folder(root: Path, names: list[str]) -> Source:
+    """Open the files `names` of a folder."""
     names = sorted(names)
     try:
         stats = [(root / name).stat() for name in names]
@@ -110,9 +113,10 @@ def open_folder(root: Path, names: list[str]) -> Source:
 
 
 def open_zip(root: Path) -> Source:
+    """Open the images of a zip in the order of their names."""
     archive = zipfile.ZipFile(root)
     entries = sorted(
-        (i.filename, i.file_size, i.CRC) for i in archive.infolist() if is_picture(i.filename)
+        (i.filename, i.file_size, i.CRC) for i in archive.infolist() if is_image(i.filename)
     )
     names = [name for name, *_ in entries]
     read = lambda row: Image.open(io.BytesIO(archive.read(names[row])))
@@ -120,32 +124,37 @@ def open_zip(root: Path) -> Source:
 
 
 def open_tar(root: Path) -> Source:
-    """In the archive's own order: one that is compressed can only be read from front to back."""
+    """Open the images of a tar in its own order: a compressed one is read from front to back."""
     try:
         archive = tarfile.open(root)  # noqa: SIM115 (it stays open)
-        members = [m for m in archive if m.isfile() and is_picture(m.name)]
+        members = [m for m in archive if m.isfile() and is_image(m.name)]
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{root} (dataset.root) is damaged: {error}") from None
     lock, position = threading.Lock(), 0
     ahead: dict[int, bytes] = {}  # threads ask slightly out of order
 
+    def content(row: int) -> bytes:
+        file = archive.extractfile(members[row])
+        assert file, "members are regular files"
+        return file.read()
+
     def read(row: int) -> Image.Image:
         nonlocal position
         with lock:
             while position <= row < position + 1024:
-                ahead[position] = archive.extractfile(members[position]).read()
+                ahead[position] = content(position)
                 position += 1
-            content = ahead.pop(row, None) or archive.extractfile(members[row]).read()
-        return Image.open(io.BytesIO(content))
+            return Image.open(io.BytesIO(ahead.pop(row) if row in ahead else content(row)))
 
     entries = [(m.name, m.size, m.mtime) for m in members]
     return Source([str(root.resolve()), entries], [m.name for m in members], read)
 
 
-# ---- a database, an array, the hub
+# ---- a database, an array, the Hub
 
 
 def open_lmdb(home: Path) -> Source:
+    """Open an lmdb whose values are encoded images."""
     try:
         import lmdb
     except ImportError:
@@ -167,14 +176,14 @@ def open_lmdb(home: Path) -> Source:
 
 
 @cache  # a process can open one only once
-def _lmdb_environment(home: str):
+def _lmdb_environment(home: str) -> Any:
     import lmdb
 
     return lmdb.open(home, readonly=True, lock=False, readahead=False, meminit=False)
 
 
 def open_array(root: Path) -> Source:
-    """The pictures of an .npy or .npz file: [N, H, W], [N, H, W, C] or [N, C, H, W]."""
+    """Open the images of an .npy or .npz file: [N, H, W], [N, H, W, C] or [N, C, H, W]."""
     if root.is_dir():
         files = sorted(p.name for p in root.glob("*.np[yz]"))
         if len(files) != 1:
@@ -200,24 +209,28 @@ def open_array(root: Path) -> Source:
         pixels = pixels.transpose(0, 2, 3, 1)
     if pixels.ndim != 4 or not 1 <= pixels.shape[3] <= 4 or 0 in pixels.shape:
         raise ValueError(
-            f"{root} (dataset.root) holds {pixels.shape}; pictures are (N, H, W), (N, H, W, C) "
+            f"{root} (dataset.root) holds {pixels.shape}; images are (N, H, W), (N, H, W, C) "
             "or (N, C, H, W) with C of 1 to 4"
         )
     scale, shift = _byte_scale(pixels, root)
 
     def read(row: int) -> Image.Image:
-        picture = np.asarray(pixels[row])
-        if picture.dtype != np.uint8:
-            picture = (picture * scale + shift).clip(0, 255).round().astype(np.uint8)
-        return Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
+        image = np.asarray(pixels[row])
+        if image.dtype != np.uint8:
+            image = (image * scale + shift).clip(0, 255).round().astype(np.uint8)
+        return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
     stat = root.stat()
-    names = [f"picture {row}" for row in range(len(pixels))]
-    return Source([str(root.resolve()), stat.st_size, stat.st_mtime_ns], names, read)
+    identity = [str(root.resolve()), stat.st_size, stat.st_mtime_ns]
+    return Source(identity, _numbered(len(pixels)), read)
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"image {row}" for row in range(count)]
 
 
 def _byte_scale(pixels: np.ndarray, root: Path) -> tuple[float, float]:
-    """(scale, shift) to 0 ... 255. The values tell whether they are 0..1, -1..1 or 0..255."""
+    """Return (scale, shift) to 0 ... 255 from values in 0..1, -1..1 or 0..255; they tell which."""
     if pixels.dtype == np.uint8 or pixels.dtype == bool:
         return (1, 0) if pixels.dtype == np.uint8 else (255, 0)
     low = high = np.nan
@@ -236,7 +249,7 @@ def _byte_scale(pixels: np.ndarray, root: Path) -> tuple[float, float]:
 
 
 def open_huggingface(root: Path) -> Source:
-    """The train split of a set on the hub, or of one in a local folder."""
+    """Open the train split of a dataset of the Hub, or of one in a local folder."""
     try:
         import datasets
     except ImportError:
@@ -249,21 +262,19 @@ def open_huggingface(root: Path) -> Source:
     except Exception as error:  # whatever a network, a service and a file can raise
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"{root} (dataset.root) cannot be had from the hub or this disk ({reason}); give "
-            "owner/name of a set, or the folder of one"
+            f"{root} (dataset.root) cannot be loaded from the Hub or from this disk ({reason}); "
+            "give owner/name of a dataset, or the folder of one"
         ) from None
     if isinstance(data, datasets.DatasetDict):
-        split = "train" if "train" in data else next(iter(data))
-        data = data[split]
+        data = data["train" if "train" in data else next(iter(data))]
     columns = [key for key, kind in data.features.items() if isinstance(kind, datasets.Image)]
     if not columns:
-        raise ValueError(f"{root} (dataset.root) has no column of pictures: {list(data.features)}")
+        raise ValueError(f"{root} (dataset.root) has no column of images: {list(data.features)}")
     fingerprint = data._fingerprint
     data = data.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
 
     def read(row: int) -> Image.Image:
-        picture = data[row][columns[0]]
-        return Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"])
+        image = data[row][columns[0]]
+        return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
 
-    names = [f"picture {row}" for row in range(len(data))]
-    return Source([str(root), fingerprint], names, read)
+    return Source([str(root), fingerprint], _numbered(len(data)), read)

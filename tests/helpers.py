@@ -45,8 +45,11 @@ def invoke(command: str, place: Path, monkeypatch, code: int) -> str:
     """Run a command as `processes.run` does, in this process: what trains little or nothing."""
     script, *arguments = shlex.split(command)
     monkeypatch.chdir(place)
-    app = importlib.import_module(script.removesuffix(".py")).app
-    result = CliRunner().invoke(app, arguments)
+    from dataset import load_images
+
+    name = script.removesuffix(".py")
+    app = importlib.import_module("sources.command" if name == "dataset" else name).app
+    result = CliRunner().invoke(app, arguments, obj=load_images)  # what dataset.py hands over
     assert result.exit_code == code, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.output

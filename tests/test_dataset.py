@@ -7,30 +7,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from helpers import Evil, load, noise_image, write_cifar
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset import Pictures, StepSampler, fit_picture, load_pictures
-
-
-def load(tmp_path, name="folder", **changes):
-    keys = {
-        "name": name,
-        "root": str(tmp_path / "root"),
-        "image_size": 8,
-        "channels": 3,
-        "fit": "crop",
-        "validation_fraction": 0.0,
-        "cache": str(tmp_path / "cache"),
-    }
-    return load_pictures(**{**keys, **changes})
-
-
-def noise_image(seed, size=(8, 8), mode="RGB"):
-    random = np.random.default_rng(seed)
-    pixels = random.integers(0, 256, (size[1], size[0], len(Image.new(mode, (1, 1)).getbands())))
-    return Image.fromarray(pixels.squeeze().astype(np.uint8), mode)
-
+from dataset import Batch, Images, StepSampler, fit_image
 
 # ---- the order
 
@@ -77,12 +58,14 @@ def test_loader_yields_the_rows(num_workers, tmp_path):
     for source in (data, tmp_path / "p.npy"):
         sampler = StepSampler(count=20, batch_size=6, seed=0)
         loader = iter(
-            DataLoader(Pictures(source), batch_size=None, sampler=sampler, num_workers=num_workers)
+            DataLoader(Images(source), batch_size=None, sampler=sampler, num_workers=num_workers)
         )
         for step in range(8):
             batch = next(loader)
-            assert batch.dtype == torch.uint8
-            assert batch.flatten().tolist() == sampler.rows(step)
+            assert isinstance(batch, Batch)
+            assert batch.labels is None
+            assert batch.images.dtype == torch.uint8
+            assert batch.images.flatten().tolist() == sampler.rows(step)
 
 
 # ---- the sources
@@ -92,7 +75,7 @@ def test_digits(tmp_path):
     parts = load(tmp_path, "digits", channels=1, validation_fraction=0.1)
     assert (len(parts["train"]), len(parts["validation"])) == (1617, 180)
     assert parts["train"].shape == (1, 8, 8)
-    together = torch.cat([p[list(range(len(p)))] for p in parts.values()])
+    together = torch.cat([p[list(range(len(p)))].images for p in parts.values()])
     assert (together.min(), together.max()) == (0, 255)
     from sklearn.datasets import load_digits
 
@@ -100,7 +83,7 @@ def test_digits(tmp_path):
     assert np.array_equal(np.sort(together.flatten(1).sum(1).numpy()), expected)
 
 
-def test_held_out_is_held_out(tmp_path):
+def test_validation_images_are_not_trained_on(tmp_path):
     one = load(tmp_path, "digits", channels=1, validation_fraction=0.2)
     two = load(tmp_path, "digits", channels=1, validation_fraction=0.2)
     assert not set(one["train"].rows) & set(one["validation"].rows)
@@ -109,32 +92,12 @@ def test_held_out_is_held_out(tmp_path):
         load(tmp_path, "digits", channels=1, validation_fraction=0.9999)
 
 
-def write_cifar(root, count=5, form="py"):
-    folder = root / f"cifar-10-batches-{form}"
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    pixels = random.integers(0, 256, (6, count, 3072), dtype=np.uint8)
-    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        if form == "py":
-            batch = {b"batch_label": b"x", b"labels": [0] * count, b"data": pixels[i]}
-            (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
-        else:
-            labels = np.zeros((count, 1), np.uint8)
-            np.concatenate([labels, pixels[i]], 1).tofile(folder / f"{name}.bin")
-    return pixels.reshape(6, count, 3, 32, 32)
-
-
 @pytest.mark.parametrize("form", ["py", "bin"])
 def test_cifar10_in_its_own_formats(form, tmp_path):
     pixels = write_cifar(tmp_path / "root", form=form)
     parts = load(tmp_path, "cifar10", image_size=32)
-    assert np.array_equal(parts["train"][list(range(25))], pixels[:5].reshape(25, 3, 32, 32))
-    assert np.array_equal(parts["validation"][list(range(5))], pixels[5])
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch stolen",)
+    assert np.array_equal(parts["train"][list(range(25))].images, pixels[:5].reshape(25, 3, 32, 32))
+    assert np.array_equal(parts["validation"][list(range(5))].images, pixels[5])
 
 
 def test_a_cifar10_file_runs_nothing(tmp_path, monkeypatch):
@@ -159,34 +122,34 @@ def test_folder_of_everything(tmp_path, capsys):
         path = root / f"{i // 3}" / f"{i}.{ext}"
         path.parent.mkdir(parents=True, exist_ok=True)
         noise_image(i, (20, 12)).save(path)
-    (root / "notes.txt").write_text("not a picture")
-    (root / ".hidden.png").write_text("not a picture")
+    (root / "notes.txt").write_text("not a image")
+    (root / ".hidden.png").write_text("not a image")
     (root / "empty.png").write_bytes(b"")
     whole = (root / "0" / "0.jpg").read_bytes()
     (root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    pictures = load(tmp_path)["train"]
+    images = load(tmp_path)["train"]
     said = capsys.readouterr().out
-    assert len(pictures) == 8
+    assert len(images) == 8
     assert "2 of 10" in said
     assert "empty.png" in said
     assert "cut.jpg" in said
     for row, (i, ext) in enumerate([(0, "jpg"), (1, "JPEG"), (2, "png")]):
         with Image.open(root / "0" / f"{i}.{ext}") as image:
-            expected = fit_picture(image, image_size=8, channels=3)
-        assert np.array_equal(pictures[[row]][0], expected)
+            expected = fit_image(image, image_size=8, channels=3)
+        assert np.array_equal(images[[row]].images[0], expected)
 
 
 def test_zip_is_a_folder(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(5):
         noise_image(i).save(tmp_path / "images" / f"{i}.png")
-    archive = tmp_path / "pictures.zip"
+    archive = tmp_path / "images.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for path in (tmp_path / "images").iterdir():
             file.write(path, f"deep/{path.name}")
     rows = list(range(5))
-    from_zip = load(tmp_path, root=str(archive))["train"][rows]
-    from_folder = load(tmp_path, root=str(tmp_path / "images"))["train"][rows]
+    from_zip = load(tmp_path, root=str(archive))["train"][rows].images
+    from_folder = load(tmp_path, root=str(tmp_path / "images"))["train"][rows].images
     assert torch.equal(from_zip, from_folder)
 
 
@@ -194,13 +157,13 @@ def test_cache_follows_the_files(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     noise_image(0).save(root / "a.png")
-    before = load(tmp_path)["train"][[0]]
+    before = load(tmp_path)["train"][[0]].images
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
     load(tmp_path)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == files
     noise_image(1).save(root / "a.png")
     os.utime(root / "a.png", ns=(1, 1))
-    assert not torch.equal(load(tmp_path)["train"][[0]], before)
+    assert not torch.equal(load(tmp_path)["train"][[0]].images, before)
     assert load(tmp_path, channels=1)["train"].shape == (1, 8, 8)
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
@@ -209,7 +172,7 @@ def test_a_damaged_cache_is_made_again(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     noise_image(0).save(root / "a.png")
-    before = load(tmp_path)["train"][[0]]
+    before = load(tmp_path)["train"][[0]].images
     (array,), (skipped,) = ((tmp_path / "cache").glob(f"*.{end}") for end in ("npy", "json"))
     damages = [
         array.unlink,
@@ -220,10 +183,10 @@ def test_a_damaged_cache_is_made_again(tmp_path):
     ]
     for damage in damages:
         damage()
-        assert torch.equal(load(tmp_path)["train"][[0]], before)
+        assert torch.equal(load(tmp_path)["train"][[0]].images, before)
 
 
-def test_decoded_pictures_are_found_again_by_any_version(tmp_path):
+def test_decoded_images_are_found_again_by_any_version(tmp_path):
     """The name of the cache's file is a promise; so are fingerprints: checkpoints hold them."""
     root = tmp_path / "root"
     root.mkdir()
@@ -242,7 +205,7 @@ def test_decoded_pictures_are_found_again_by_any_version(tmp_path):
     assert digits["validation"].fingerprint() == "5edc7d37149f42d9"
 
 
-def test_a_tiny_picture_is_left_out(tmp_path, capsys):
+def test_a_tiny_image_is_left_out(tmp_path, capsys):
     (tmp_path / "root").mkdir()
     for side in (1, 7, 8, 64):
         Image.new("RGB", (side, 70)).save(tmp_path / "root" / f"{side}.png")
@@ -262,12 +225,12 @@ def test_too_many_bad_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["folder", "celebahq"])
-def test_no_pictures_is_said(name, tmp_path):
+def test_no_images_is_said(name, tmp_path):
     with pytest.raises(FileNotFoundError, match="root"):
         load(tmp_path, name)
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "readme.txt").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"holds no pictures \(jpg"):
+    with pytest.raises(FileNotFoundError, match=r"holds no images \(jpg"):
         load(tmp_path, name)
 
 
@@ -277,33 +240,33 @@ def test_celebahq_takes_a_folder_as_it_is(tmp_path):
     assert load(tmp_path, "celebahq", image_size=256)["train"].shape == (3, 256, 256)
 
 
-# ---- one picture
+# ---- one image
 
 
-def test_a_picture_of_the_right_size_is_untouched():
+def test_a_image_of_the_right_size_is_untouched():
     image = noise_image(0)
-    ours = fit_picture(image, image_size=8, channels=3)
+    ours = fit_image(image, image_size=8, channels=3)
     assert np.array_equal(ours, np.asarray(image).transpose(2, 0, 1))
 
 
 def test_crop_is_the_centre_and_never_stretches():
     pixels = np.zeros((8, 24, 3), np.uint8)
     pixels[:, 8:16] = 255
-    assert (fit_picture(Image.fromarray(pixels), image_size=8, channels=3) == 255).all()
-    assert fit_picture(Image.fromarray(pixels), image_size=4, channels=3).min() > 230
+    assert (fit_image(Image.fromarray(pixels), image_size=8, channels=3) == 255).all()
+    assert fit_image(Image.fromarray(pixels), image_size=4, channels=3).min() > 230
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_pad_keeps_all_and_never_stretches(channels):
     image = Image.new("RGB", (40, 20), "white")
-    pixels = fit_picture(image, image_size=16, channels=channels, fit="pad")
+    pixels = fit_image(image, image_size=16, channels=channels, fit="pad")
     assert pixels.shape == (channels, 16, 16)
     assert (pixels[:, 4:12] == 255).all()
     assert not pixels[:, :4].any()  # black, and clear where there is alpha
     assert not pixels[:, 12:].any()
     square = noise_image(0, (16, 16))
     for fit in ("crop", "pad"):
-        same = fit_picture(square, image_size=16, channels=3, fit=fit)
+        same = fit_image(square, image_size=16, channels=3, fit=fit)
         assert np.array_equal(same, np.asarray(square).transpose(2, 0, 1))
 
 
@@ -317,36 +280,36 @@ def test_every_mode_becomes_any_channels(mode, channels):
     image = Image.new(mode, (12, 8), white.get(mode, "white"))
     if mode in ("P", "PA"):
         image.putpalette([255] * 768)
-    assert (fit_picture(image, image_size=8, channels=channels) == 255).all()
+    assert (fit_image(image, image_size=8, channels=channels) == 255).all()
 
 
 def test_shrinking_is_antialiased():
     pixels = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)  # a fine chequerboard
-    grey = fit_picture(Image.fromarray(pixels), image_size=8, channels=1)
-    assert abs(grey.astype(int) - 127).max() < 12
+    gray = fit_image(Image.fromarray(pixels), image_size=8, channels=1)
+    assert abs(gray.astype(int) - 127).max() < 12
 
 
 def test_odd_files_come_out_right():
-    grey16 = Image.fromarray(np.full((8, 8), 65535 // 2, np.uint16))
-    assert (fit_picture(grey16, image_size=8, channels=3) // 2 == 63).all()
+    gray16 = Image.fromarray(np.full((8, 8), 65535 // 2, np.uint16))
+    assert (fit_image(gray16, image_size=8, channels=3) // 2 == 63).all()
 
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert (fit_picture(clear, image_size=8, channels=3) == 255).all()  # on white
-    assert fit_picture(clear, image_size=8, channels=4)[3].max() == 0
+    assert (fit_image(clear, image_size=8, channels=3) == 255).all()  # on white
+    assert fit_image(clear, image_size=8, channels=4)[3].max() == 0
 
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
-    assert fit_picture(palette, image_size=8, channels=3)[:, 0, 0].tolist() == [10, 20, 30]
+    assert fit_image(palette, image_size=8, channels=3)[:, 0, 0].tolist() == [10, 20, 30]
 
     cmyk = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
-    assert fit_picture(cmyk, image_size=8, channels=3)[:, 0, 0].tolist() == [0, 255, 255]
+    assert fit_image(cmyk, image_size=8, channels=3)[:, 0, 0].tolist() == [0, 255, 255]
 
     turned = Image.new("RGB", (8, 8))
     turned.paste((255, 255, 255), (0, 0, 8, 4))  # the upper half is white
     turned.getexif()[0x0112] = 3  # "upside down"
-    upright = fit_picture(turned, image_size=8, channels=1)[0]
+    upright = fit_image(turned, image_size=8, channels=1)[0]
     assert upright[:4].max() == 0
     assert upright[4:].min() == 255
 
-    grey = noise_image(0, mode="L")
-    assert np.array_equal(fit_picture(grey, image_size=8, channels=3)[1], np.asarray(grey))
+    gray = noise_image(0, mode="L")
+    assert np.array_equal(fit_image(gray, image_size=8, channels=3)[1], np.asarray(gray))

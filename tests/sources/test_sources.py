@@ -1,30 +1,35 @@
-"""Every place pictures can come from, each made here in its true layout."""
+"""Every place images can come from, each made here in its true layout."""
 
 import gzip
 import hashlib
 import io
 import os
 import pickle
+import socket
 import tarfile
 import threading
+import urllib.request
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+import torchvision.datasets.utils
+from helpers import Evil, load, noise_image, write_cifar
 from PIL import Image
-from test_dataset import Evil, load, noise_image
 
-import named_sets
-from named_sets import fetch, find_pictures
-from sources import open_array, open_files
+from sources import find_images, named, open_files
+from sources.files import open_array
+from sources.named import download
 
 
 def pixels_of(parts, key="train"):
-    return parts[key][list(range(len(parts[key])))].numpy()
+    return parts[key][list(range(len(parts[key])))].images.numpy()
 
 
 def random_pixels(*shape, seed=0):
@@ -35,7 +40,7 @@ def random_pixels(*shape, seed=0):
 
 
 def write_idx(folder, *, count=5, packed=True, dot="-"):
-    """Both picture files; returns the pixels of each."""
+    """Both image files; returns the pixels of each."""
     folder.mkdir(parents=True)
     written = {}
     for part, seed in (("train", 0), ("t10k", 1)):
@@ -77,7 +82,7 @@ def test_debians_fashion_mnist():
     root = Path("/usr/share/datasets/fashion-mnist")
     if not root.is_dir():
         pytest.skip("apt-get install dataset-fashion-mnist")
-    found = find_pictures("fashion-mnist", root)
+    found = find_images("fashion-mnist", root)
     assert found["train"].shape == (60_000, 28, 28, 1)
     assert found["validation"].shape == (10_000, 28, 28, 1)
     assert round(found["train"].mean() / 255, 4) == 0.2860  # the mean that everybody normalises by
@@ -138,7 +143,7 @@ def test_lsun_as_it_is_distributed(place, tmp_path):
             key = hashlib.sha1(bytes([i])).hexdigest()
             writing.put(key.encode(), encoded(image, kind))
             (tmp_path / "folder" / f"{key}.{kind}").write_bytes(encoded(image, kind))
-        writing.put(b"zz", b"not a picture")
+        writing.put(b"zz", b"not a image")
     expected = pixels_of(load(tmp_path, "lsun-church", root=str(tmp_path / "folder")))
     assert np.array_equal(pixels_of(load(tmp_path, "lsun-church")), expected)
     assert np.array_equal(pixels_of(load(tmp_path, "lsun-church", image_size=4)).shape[2:], (4, 4))
@@ -155,7 +160,7 @@ def test_lsun_as_it_is_distributed(place, tmp_path):
 
 @pytest.fixture
 def tar_of(tmp_path):
-    """Makes a tar of six pictures and other things, beside the same as a folder."""
+    """Makes a tar of six images and other things, beside the same as a folder."""
 
     def make(name, mode):
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -164,7 +169,7 @@ def tar_of(tmp_path):
                 path = tmp_path / "images" / f"{i}.png"
                 noise_image(i, (20, 16)).save(path)
                 archive.add(path, f"./deep/{i}.png")
-            (tmp_path / "notes.txt").write_text("not a picture")
+            (tmp_path / "notes.txt").write_text("not a image")
             archive.add(tmp_path / "notes.txt", "notes.txt")
             archive.add(tmp_path / "notes.txt", "._0.png")
             link = tarfile.TarInfo("evil.png")
@@ -211,7 +216,7 @@ def test_arrays_of_every_kind(values, layout, tmp_path):
     if layout != "NHWC":
         array = array[..., 0] if layout == "NHW" else array.transpose(0, 3, 1, 2)
     np.save(tmp_path / "sprites.npy", array)
-    np.savez_compressed(tmp_path / "sprites.npz", labels=np.zeros((10, 5)), pictures=array)
+    np.savez_compressed(tmp_path / "sprites.npz", labels=np.zeros((10, 5)), images=array)
     shape = dict(image_size=16, channels=pixels.shape[3])
     for name in ("npy", "npz"):
         parts = load(tmp_path, name, root=str(tmp_path / f"sprites.{name}"), **shape)
@@ -225,12 +230,12 @@ def test_arrays_of_every_kind(values, layout, tmp_path):
         (np.full((4, 8, 8, 3), np.nan), r"from nan to nan"),
         (np.full((4, 8, 8, 3), 256), r"int64 from 256"),
         (np.zeros((4, 8, 8, 3), complex), r"complex128"),
-        (np.zeros((4, 192)), r"\(4, 192\); pictures are \(N, H, W\)"),
+        (np.zeros((4, 192)), r"\(4, 192\); images are \(N, H, W\)"),
         (np.zeros((0, 8, 8, 3)), r"\(0, 8, 8, 3\)"),
         (np.array([[[Evil()]]], dtype=object), r"pickled objects, which are never loaded"),
     ],
 )
-def test_arrays_that_are_no_pictures(array, says, tmp_path, monkeypatch):
+def test_arrays_that_are_no_images(array, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("a.npy", array, allow_pickle=True)
     np.savez("a.npz", array, allow_pickle=True)
@@ -256,7 +261,7 @@ def test_an_array_by_its_folder(tmp_path):
         open_array(tmp_path / "a.npy")
 
 
-# ---- the hub
+# ---- the Hub
 
 
 def test_huggingface_from_disk(tmp_path):
@@ -272,11 +277,11 @@ def test_huggingface_from_disk(tmp_path):
     expected = pixels_of(load(tmp_path, root=str(tmp_path / "images")))
     assert np.array_equal(pixels_of(load(tmp_path, "huggingface")), expected)
     train.remove_columns("image").save_to_disk(tmp_path / "labels")
-    with pytest.raises(ValueError, match=r"no column of pictures: \['label'\]"):
+    with pytest.raises(ValueError, match=r"no column of images: \['label'\]"):
         load(tmp_path, "huggingface", root=str(tmp_path / "labels"))
 
 
-# ---- fetching
+# ---- downloads
 
 
 @contextmanager
@@ -308,33 +313,33 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
 
 
-def test_a_file_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch):
     content, path = random_pixels(100_000).tobytes(), tmp_path / "deep" / "file.bin"
-    options = dict(md5=md5(content), mend="put it there")
+    options = dict(md5=md5(content), hint="put it there")
     with serve({"/file.bin": content, "/bad/file.bin": content[:-1]}) as (site, _):
         with pytest.raises(FileNotFoundError, match=r"404.*digest.*put it there"):
-            fetch([f"{site}/none/file.bin", f"{site}/bad/file.bin"], path, **options)
+            download([f"{site}/none/file.bin", f"{site}/bad/file.bin"], path, **options)
         with monkeypatch.context() as patch:
 
-            def interrupted(stream, copy, _):
-                copy.write(stream.read(1000))
+            def interrupted(url, filename):
+                Path(filename).write_bytes(content[:1000])
                 raise KeyboardInterrupt
 
-            patch.setattr(named_sets.shutil, "copyfileobj", interrupted)
+            patch.setattr(torchvision.datasets.utils, "_urlretrieve", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                fetch([f"{site}/file.bin"], path, **options)
+                download([f"{site}/file.bin"], path, **options)
         assert list(path.parent.iterdir()) == []
-        fetch([f"{site}/none/file.bin", f"{site}/file.bin"], path, **options)
+        download([f"{site}/none/file.bin", f"{site}/file.bin"], path, **options)
     with (
         serve({"/file.bin": content[:-1]}, promise=1) as (site, _),
         pytest.raises(FileNotFoundError, match="digest"),
     ):
-        fetch([f"{site}/file.bin"], tmp_path / "other.bin", **options)
+        download([f"{site}/file.bin"], tmp_path / "other.bin", **options)
     assert path.read_bytes() == content
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["deep", "file.bin"]
 
 
-def test_mnist_is_fetched_once(tmp_path, monkeypatch):
+def test_mnist_is_downloaded_once(tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 
     written = write_idx(tmp_path / "site")
@@ -345,11 +350,10 @@ def test_mnist_is_fetched_once(tmp_path, monkeypatch):
         for _ in range(2):
             parts = load(tmp_path, "mnist", image_size=28, channels=1)
             assert np.array_equal(pixels_of(parts)[:, 0], written["train"])
-    assert sorted(asked) == sorted(files)
+            assert {path: asked.count(path) for path in asked} == dict.fromkeys(files, 2)
 
 
 def test_cifar10_is_unpacked_whole(tmp_path, monkeypatch):
-    from test_dataset import write_cifar
     from torchvision.datasets import CIFAR10
 
     pixels = write_cifar(tmp_path / "site")
@@ -358,12 +362,12 @@ def test_cifar10_is_unpacked_whole(tmp_path, monkeypatch):
         archive.add(tmp_path / "site" / "cifar-10-batches-py", "cifar-10-batches-py")
     content = stream.getvalue()
     monkeypatch.setattr(CIFAR10, "tgz_md5", md5(content))
-    half = tmp_path / "root" / ".fetching-killed" / "cifar-10-batches-py"  # of a killed process
+    half = tmp_path / "root" / ".download-killed.tmp" / "cifar-10-batches-py"  # of a killed process
     half.mkdir(parents=True)
     with serve({"/cifar-10-python.tar.gz": content}) as (site, _):
         monkeypatch.setattr(CIFAR10, "url", f"{site}/cifar-10-python.tar.gz")
         parts = load(tmp_path, "cifar10", image_size=32)
-    assert torch.equal(parts["validation"][list(range(5))], torch.from_numpy(pixels[5]))
+    assert torch.equal(parts["validation"][list(range(5))].images, torch.from_numpy(pixels[5]))
     assert [p.name for p in (tmp_path / "root").iterdir() if not p.name.startswith(".")] == [
         "cifar-10-batches-py"
     ]
@@ -372,19 +376,43 @@ def test_cifar10_is_unpacked_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("mnist", r"MNIST/raw.*cannot be fetched.*dataset\.root"),
-        ("flowers102", r"flowers-102/jpg.*cannot be fetched.*dataset\.root"),
-        ("cifar10", r"cifar-10-batches-py.*cannot be fetched.*dataset\.root"),
+        ("mnist", r"MNIST/raw.*cannot be downloaded.*dataset\.root"),
+        ("flowers102", r"flowers-102/jpg.*cannot be downloaded.*dataset\.root"),
+        ("cifar10", r"cifar-10-batches-py.*cannot be downloaded.*dataset\.root"),
     ],
 )
 def test_without_a_network_there_is_one_message(name, says, tmp_path, monkeypatch):
     def unreachable(*_, **__):
-        raise OSError("Name or service not known")
+        raise URLError(socket.gaierror(-2, "Name or service not known"))
 
-    monkeypatch.setattr(named_sets, "urlopen", unreachable)
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(FileNotFoundError, match=says) as caught:
         load(tmp_path, name)
+    assert "this machine seems to be offline; http" in str(caught.value)
+    assert "Name or service not known" in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_silent_site_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(named, "TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/file.bin"
+        with pytest.raises(FileNotFoundError, match=r"timed out\); put it there"):
+            download([url], tmp_path / "file.bin", md5="0", hint="put it there")
+    assert socket.getdefaulttimeout() is None
+
+
+def test_leftovers_of_killed_processes_go_after_a_day(tmp_path):
+    for name, age in (("old", 2), ("new", 0)):
+        (tmp_path / f".download-{name}.tmp").mkdir()
+        time = datetime.now().timestamp() - age * 24 * 3600
+        os.utime(tmp_path / f".download-{name}.tmp", (time, time))
+    (tmp_path / "mine.tmp").touch()
+    os.utime(tmp_path / "mine.tmp", (1, 1))
+    with pytest.raises(FileNotFoundError):
+        download([], tmp_path / "file.bin", md5="0", hint="put it there")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".download-new.tmp", "mine.tmp"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")

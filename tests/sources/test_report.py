@@ -6,36 +6,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from helpers import invoke, noise_image
 from PIL import Image
-from test_dataset import noise_image
-from typer.testing import CliRunner
 
 import dataset
-from check import (
+from config import load_config
+from sources import open_files
+from sources.report import (
     Headers,
     Values,
     advise,
+    as_source,
     contact_sheet,
     describe_fit,
-    draw_histogram,
-    measure,
     read_headers,
+    read_values,
 )
-from config import load_config
-from dataset import Pictures
-from sources import open_files
 
 
-def run(arguments, code=0):
-    result = CliRunner().invoke(dataset.app, arguments)
-    assert result.exit_code == code, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result.output
+def report(line, monkeypatch, code=0):
+    return invoke(f"dataset.py {line}", Path.cwd(), monkeypatch, code)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Twelve good pictures, a copy, and one of every kind of bad file."""
+    """Twelve good images, a copy, and one of every kind of bad file."""
     root = tmp_path / "mine"
     root.mkdir()
     (tmp_path / "configs").symlink_to(Path("configs").resolve())
@@ -56,8 +52,9 @@ def folder(tmp_path, monkeypatch):
     return root
 
 
-def test_a_folder_with_every_kind_of_bad_file(folder):
-    output = run(["configs/folder.yml", f"dataset.root={folder}", "--contact-sheet", "deep/s.png"])
+def test_a_folder_with_every_kind_of_bad_file(folder, monkeypatch):
+    line = f"configs/folder.yml dataset.root={folder} --contact-sheet deep/s.png"
+    output = report(line, monkeypatch)
     for line in (
         "15  178x218 -> centre 178x178 -> 64x64",  # cut.png and bent.png have good headers
         "1  60x100 -> centre 60x60 -> 64x64 (enlarged)",
@@ -65,12 +62,12 @@ def test_a_folder_with_every_kind_of_bad_file(folder):
         "5 of 19 files",
         "bent.png: ",
         "cut.png: ",
-        "page.jpg: not a picture",
+        "page.jpg: not an image",
         "tiny.png: too small: 1x1 pixels",
-        "zero.png: not a picture",
-        "13 pictures to train on, 1 held out (the same random ones for every seed)",
+        "zero.png: not an image",
+        "13 images to train on, 1 for validation (the same random ones for every seed)",
         "again.png = 03.png",
-        "a step takes 64 pictures and there are 13",
+        "a step takes 64 images and there are 13",
     ):
         assert line in output, output
     with Image.open("deep/s.png") as sheet:
@@ -78,46 +75,46 @@ def test_a_folder_with_every_kind_of_bad_file(folder):
 
 
 def test_headers(tmp_path):
-    """Of grey pictures stored as colour, one with transparency, in many sizes."""
+    """Of gray images stored as RGB, one with transparency, in many sizes."""
     for i in range(9):
         noise_image(i, (20 + i, 20), "L").convert("RGB").save(tmp_path / f"{i}.png")
-    clear = Image.new("RGBA", (5, 6), "grey")
+    clear = Image.new("RGBA", (5, 6), "gray")
     clear.save(tmp_path / "clear.png")
     read = partial(read_headers, progress=lambda x, total: x)
     headers = read([open_files(tmp_path)])
     assert headers.sizes == Counter({(20 + i, 20): 1 for i in range(9)} | {(5, 6): 1})
     assert headers.modes == Counter(RGB=9, RGBA=1)
-    assert (headers.transparent, headers.coloured) == (1, False)
-    noise_image(0).save(tmp_path / "colour.png")
-    assert read([open_files(tmp_path)]).coloured
+    assert (headers.transparent, headers.colored) == (1, False)
+    noise_image(0).save(tmp_path / "color.png")
+    assert read([open_files(tmp_path)]).colored
     pixels = np.zeros((7, 4, 5, 3), np.uint8)
-    assert read([pixels, pixels]) == (Counter({(5, 4): 14}), Counter(RGB=14), 0, False)
+    assert read([as_source(pixels)] * 2) == (Counter({(5, 4): 14}), Counter(RGB=14), 0, False)
 
 
-def test_a_check_and_training_see_the_same_pictures(folder):
-    run(["configs/folder.yml", f"dataset.root={folder}"])
+def test_the_report_and_training_see_the_same_images(folder, monkeypatch):
+    report(f"configs/folder.yml dataset.root={folder}", monkeypatch)
     decoded = {p: p.stat().st_mtime_ns for p in Path("data/cache").iterdir()}
     config = load_config("configs/folder.yml", [f"dataset.root={folder}"])
-    dataset.load_pictures(**config.dataset.model_dump(exclude={"random_flip"}))
+    dataset.load_images(**config.dataset.model_dump(exclude={"random_flip"}))
     assert {p: p.stat().st_mtime_ns for p in Path("data/cache").iterdir()} == decoded
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("line", "says"),
     [
-        (["configs/foldr.yml"], "did you mean configs/folder.yml?"),
-        (["configs/folder.yml", "dataset.root=nowhere"], "nowhere (dataset.root) does not exist"),
-        (["configs/folder.yml", "dataset.root=mine", "dataset.image_size=30"], "try 32"),
-        (["configs/folder.yml", "dataset.root=bad"], "12 of 12 files in bad cannot be used"),
-        (["configs/digits.yml", "--contact-sheet", "mine"], "must end in .png"),
-        (["configs/digits.yml", "--contact-sheet", "/proc/no/s.png"], "/proc/no"),
+        ("configs/foldr.yml", "did you mean configs/folder.yml?"),
+        ("configs/folder.yml dataset.root=nowhere", "nowhere (dataset.root) does not exist"),
+        ("configs/folder.yml dataset.root=mine dataset.image_size=30", "try 32"),
+        ("configs/folder.yml dataset.root=bad", "12 of 12 files in bad cannot be used"),
+        ("configs/digits.yml --contact-sheet mine", "must end in .png"),
+        ("configs/digits.yml --contact-sheet /proc/no/s.png", "/proc/no"),
     ],
 )
-def test_mistakes_end_in_one_message(arguments, says, folder):
+def test_mistakes_end_in_one_message(line, says, folder, monkeypatch):
     Path("bad").mkdir()
     for i in range(12):
         (Path("bad") / f"{i}.png").write_bytes(b"")
-    output = run(arguments, code=2)
+    output = report(line, monkeypatch, code=2)
     assert "error: " in output
     assert says in output
 
@@ -138,88 +135,84 @@ def test_preprocessing_in_words(size, fit, says):
     assert describe_fit(size, 64, fit) == says
 
 
-def test_bars_show_whatever_is_there():
-    counts = np.zeros(256, int)
-    counts[0], counts[255], counts[8] = 1_000_000, 1, 250_000
-    assert draw_histogram(counts) == "█▄" + " " * 29 + "▁"
-
-
-def test_measuring():
+def test_values():
     pixels = np.random.default_rng(0).integers(0, 256, (300, 3, 4, 4), np.uint8)
     pixels[7], pixels[299] = pixels[200], 9
-    values = measure(Pictures(pixels), progress=lambda x, total: x)
+    values = read_values([pixels[:256], pixels[256:]], 3)
     assert (values.histogram.sum(1) == 300 * 16).all()
     assert values.histogram[1, 9] == (pixels[:, 1] == 9).sum()
     assert len(set(values.digests)) == 299
     assert values.digests[7] == values.digests[200]
-    assert (values.plain, values.grey, values.opaque) == (1, False, True)
-    grey = np.repeat(pixels[:, :1], 3, axis=1)
-    assert measure(Pictures(grey), progress=lambda x, total: x).grey
-    clear = np.concatenate([grey, pixels[:, :1]], axis=1)
-    values = measure(Pictures(clear), progress=lambda x, total: x)
-    assert (values.grey, values.opaque) == (True, False)
+    assert (values.plain, values.gray, values.opaque) == (1, False, True)
+    gray = np.repeat(pixels[:, :1], 3, axis=1)
+    assert read_values([gray], 3).gray
+    clear = np.concatenate([gray, pixels[:, :1]], axis=1)
+    values = read_values([clear], 4)
+    assert (values.gray, values.opaque) == (True, False)
 
 
-FINE = Headers(Counter({(64, 64): 9000}), Counter(RGB=9000), 0, coloured=True)
-GREY = FINE._replace(coloured=False)
+FINE = Headers(Counter({(64, 64): 9000}), Counter(RGB=9000), 0, colored=True)
+GRAY = FINE._replace(colored=False)
 
 
 @pytest.mark.parametrize(
     ("overrides", "headers", "changes", "says"),
     [
         ([], FINE, dict(), None),
-        ([], GREY, dict(grey=True), "all pictures are grey: dataset.channels=1"),
+        ([], GRAY, dict(gray=True), "all images are gray: dataset.channels=1"),
         (["dataset.channels=4"], FINE, dict(), "nothing is transparent: dataset.channels=3"),
-        (["dataset.channels=1"], FINE, dict(), "coloured pictures: dataset.channels=3"),
-        (["dataset.channels=1"], GREY, dict(), None),
+        (["dataset.channels=1"], FINE, dict(), "color images: dataset.channels=3"),
+        (["dataset.channels=1"], GRAY, dict(), None),
         ([], FINE._replace(transparent=5), dict(), "dataset.channels=4 keeps it"),
         (["dataset.image_size=128"], FINE._replace(sizes=Counter({(70, 80): 9})), dict(),
          "smaller than 128x128 and are enlarged, which makes them soft: dataset.image_size=64"),
         ([], FINE._replace(sizes=Counter({(64, 128): 9})), dict(), "leaves 50% of the area out"),
         (["dataset.fit=pad"], FINE._replace(sizes=Counter({(64, 128): 9})), dict(), "black margin"),
         ([], FINE, dict(levels=16), "all values lie in 0 ... 15"),
-        ([], FINE, dict(plain=2), "2 pictures are of a single colour"),
-        ([], FINE, dict(digests=[b"a"] * 9000), "8,999 of 9,000 training pictures are copies"),
-        ([], FINE, dict(held_out=[b"3", b"3", b"x"]), "2 held-out pictures are trained on, too"),
-        ([], FINE, dict(held_out=[]), "dataset.validation_fraction=0.05"),
+        ([], FINE, dict(plain=2), "2 images are of a single color"),
+        ([], FINE, dict(digests=[b"a"] * 9000), "8,999 of 9,000 training images are copies"),
+        ([], FINE, dict(validation=[b"3", b"3", b"x"]), "2 validation images are trained on, too"),
+        ([], FINE, dict(validation=[]), "dataset.validation_fraction=0.05"),
         (["dataset.random_flip=false"], FINE, dict(count=99), "dataset.random_flip=true doubles"),
         (["model.dropout=0"], FINE, dict(count=99), "model.dropout=0.1"),
-        ([], FINE, dict(count=63), "a step takes 64 pictures and there are 63"),
+        ([], FINE, dict(count=63), "a step takes 64 images and there are 63"),
         (["dataset.name=mnist", "dataset.validation_fraction=0", "dataset.random_flip=true"], FINE,
          dict(), "a mirrored digit is no digit: dataset.random_flip=false"),
     ],
 )  # fmt: skip
 def test_advice(overrides, headers, changes, says):
     digests = [str(i).encode() for i in range(changes.pop("count", 9000))]
-    held_out = changes.pop("held_out", [b"x"])
+    validation = changes.pop("validation", [b"x"])
     config = load_config("configs/folder.yml", overrides)
     histogram = np.zeros((config.dataset.channels, 256), int)
     histogram[:, : changes.pop("levels", 256)] = 1
-    values = Values(histogram, digests, plain=0, grey=False, opaque=True)._replace(**changes)
-    advice = advise(config, headers, values, held_out)
+    values = Values(histogram, digests, plain=0, gray=False, opaque=True)._replace(**changes)
+    advice = advise(config, headers, values, validation)
     if says is None:
         assert advice == []
     else:
         assert len([line for line in advice if says in line]) == 1, advice
 
 
-def test_only_a_contact_sheet_is_replaced(tmp_path):
+def test_only_a_contact_sheet_is_replaced(tmp_path, monkeypatch):
     mine = tmp_path / "mine.png"
-    line = ["configs/digits.yml", "--contact-sheet", str(mine)]
+    line = f"configs/digits.yml --contact-sheet {mine}"
     Image.new("L", (9, 9)).save(mine)
-    assert "is another picture" in run(line, code=2)
+    assert "is another image" in report(line, monkeypatch, code=2)
     assert Image.open(mine).size == (9, 9)
     mine.unlink()
     for _ in range(2):
-        run(line)
+        report(line, monkeypatch)
 
 
 def test_a_contact_sheet_shows_what_is_trained_on():
-    pixels = np.zeros((3, 1, 8, 8), np.uint8)
+    pixels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     pixels[1] = 200
-    sheet = np.asarray(contact_sheet(Pictures(pixels)))
+    sheet = np.asarray(contact_sheet(pixels))
     assert sheet.shape == (68, 200, 3)
     assert (sheet[34, [34, 100, 166]] == [[0] * 3, [200] * 3, [0] * 3]).all()
-    clear = np.zeros((1, 4, 300, 300), np.uint8)
-    assert np.asarray(contact_sheet(Pictures(clear))).shape == (260, 260, 3)
-    assert np.asarray(contact_sheet(Pictures(clear)))[128, 128].tolist() == [255] * 3
+    clear = torch.zeros(2, 4, 300, 300, dtype=torch.uint8)
+    assert np.asarray(contact_sheet(clear)).shape == (260, 518, 3)
+    assert np.asarray(contact_sheet(clear))[128, 128].tolist() == [255] * 3
+    clear[:, 3] = 255
+    assert np.asarray(contact_sheet(clear))[128, 128].tolist() == [0] * 3
