@@ -1,5 +1,6 @@
-"""What a checkpoint file is: plain data, written whole or not at all, read without running it."""
+"""Checkpoint files: plain data, written whole or not at all, read without running it."""
 
+import errno
 import math
 import os
 import pickle
@@ -8,6 +9,7 @@ import shutil
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,8 +42,8 @@ def point_last_to(path: Path) -> None:
 def up_to_date(path: Path) -> Path:
     """Return `path`, or the newest whole checkpoint beside a last.ckpt that is missing or behind.
 
-    So it is left where the rename of last.ckpt failed. It is mended where the folder can be
-    written, and said.
+    A crash between two renames leaves last.ckpt so. It is repaired where the folder can be
+    written, and a line says so.
     """
     steps = saved_steps(path.parent) if path.name == "last.ckpt" else []
     with suppress(OSError):  # nothing is there
@@ -67,11 +69,11 @@ def up_to_date(path: Path) -> Path:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of ours as plain data, checked byte for byte.
+    """Return a checkpoint of ours as plain data, checked byte for byte.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: damaged, not one of ours, or a file that
-            asks to run code, which is never done.
+        FileNotFoundError: nothing is there. OSError: it cannot be read. ValueError: it is damaged,
+            is not one of ours, or asks to run code, which is never done.
     """
     checkpoint = read_plain(path)
     if not is_checkpoint(checkpoint):
@@ -79,46 +81,48 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def is_checkpoint(data) -> bool:
-    """Whether plain data is a checkpoint of ours."""
+def is_checkpoint(data: Any) -> bool:
+    """Tell whether plain data is a checkpoint of ours."""
     ours = {"hyper_parameters": dict, "state_dict": dict, "global_step": int}
     return isinstance(data, dict) and all(isinstance(data.get(k), kind) for k, kind in ours.items())
 
 
-def read_plain(path: str | Path):
-    """What torch saved, if it is plain data. Errors as of `read_checkpoint`."""
+def read_plain(path: str | Path) -> Any:
+    """Return what torch saved, if it is plain data. Raises as `read_checkpoint` does."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    damaged = data = None
+    fault = "is damaged or not a checkpoint"
+    archive = zipfile.is_zipfile(path)  # torch's format before 1.6 is none, and has no checksums
     try:
-        if zipfile.is_zipfile(path):  # else torch's format before 1.6, which has no checksums
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
+        damaged = None
+        if archive:
+            with zipfile.ZipFile(path) as members:
+                damaged = members.testzip()
         if not damaged:
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
+        fault = f"is damaged: {damaged} does not match its checksum"
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if not asked and not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} is damaged or not a checkpoint") from None
-        what = f"asks to run {asked[1]}" if asked else "holds more than plain data"
-        raise ValueError(f"{path} {what} when loaded, which is refused") from None
-    except OSError:
-        raise
+        if asked or archive:
+            what = f"asks to run {asked[1]}" if asked else "holds more than plain data"
+            fault = f"{what} when loaded, which is refused"
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # a damaged file may ask to seek anywhere
+            error.filename = error.filename or str(path)
+            raise
     except Exception:  # a damaged file can raise anything, with advice about torch
-        raise ValueError(f"{path} is damaged or not a checkpoint") from None
-    if damaged:
-        raise ValueError(f"{path} is damaged: {damaged} does not match its checksum")
-    return data
+        pass
+    raise ValueError(f"{path} {fault}")
 
 
 def can_continue(path: Path) -> bool:
-    """Whether training can go on from it: a checkpoint of ours with the optimizer inside."""
+    """Tell whether training can go on from it: a checkpoint of ours with the optimizer inside."""
     data = _peek(path)
     return is_checkpoint(data) and "optimizer_states" in data
 
 
-def _peek(path: Path):
+def _peek(path: Path) -> Any:
     """Return plain data without reading its tensors; None where that cannot be done."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -127,14 +131,14 @@ def _peek(path: Path):
 
 
 def saved_steps(folder: Path) -> list[Path]:
-    """What training has saved there, oldest first; other names are a person's own."""
+    """Return the checkpoints that training has saved, oldest first; other names are a person's."""
     return sorted(p for p in folder.glob("step-*.ckpt") if re.fullmatch(r"step-\d{8,}", p.stem))
 
 
-def newest_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run's folder that can be read; says which it passes over.
+def newest_checkpoint(run: Path) -> tuple[Path, dict]:
+    """Return the newest checkpoint of a run that can be read, with what is in it.
 
-    A last.ckpt that is behind is mended.
+    Those that are passed over are named, and a last.ckpt that is behind is repaired.
 
     Raises:
         FileNotFoundError: there is none.
@@ -142,11 +146,12 @@ def newest_checkpoint(run: Path) -> Path:
     folder = run / "checkpoints"
     for path in [*reversed(saved_steps(folder)), folder / "last.ckpt"]:
         try:
-            read_checkpoint(path)
-            up_to_date(folder / "last.ckpt")
-            return path
+            checkpoint = read_checkpoint(path)
+        except FileNotFoundError:
+            continue
         except ValueError as error:
             print(f"passed over: {error}")
-        except FileNotFoundError:
-            pass
+            continue
+        up_to_date(folder / "last.ckpt")
+        return path, checkpoint
     raise FileNotFoundError(f"{run} holds no checkpoint that can be read")

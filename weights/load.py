@@ -1,4 +1,4 @@
-"""A trained model from files of any dialect: this project's, diffusers', the official code's."""
+"""Read a trained model from files of any dialect: ours, diffusers', the official code's."""
 
 import json
 import subprocess
@@ -6,28 +6,28 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from weights.checkpoint import is_checkpoint, newest_checkpoint, read_plain, up_to_date
 from config import Config, DatasetConfig, apply_override, check_config
-from weights.dialects import infer_tree, same_betas, to_our_names, tree_of_diffusers
+from weights.checkpoint import is_checkpoint, newest_checkpoint, read_plain, up_to_date
+from weights.dialects import infer_tree, same_process, to_our_names, tree_of_diffusers
 
 
 class ModelFiles(NamedTuple):
-    """A model from files."""
+    """The content of a model's files, under our names."""
 
-    config: Config
-    ema: dict[str, Tensor]  # what samples
-    raw: dict[str, Tensor]  # what trained; the same where the files hold one set
-    step: int  # of training, 0 where the files do not say
-    notes: list[str]  # what was assumed where the files are silent
     path: Path
-    only: str | None = None  # ema or raw, where the files say that they hold one of the two
+    config: Config
+    ema: dict[str, Tensor]  # the weights that sample
+    raw: dict[str, Tensor]  # the weights that trained; the same where the files hold one set
+    step: int  # of training; 0 where the files do not say
+    notes: list[str]  # what was assumed where the files are silent
+    only: str | None  # "ema" or "raw", where the files say that they hold one of the two
 
 
 def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
@@ -40,10 +40,10 @@ def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
         overrides: `section.key=value` that win over what the files say.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: damaged, asking to run code, or holding what
-            our network cannot represent.
+        FileNotFoundError: nothing is there. ValueError: it is damaged, asks to run code, or holds
+            what our network cannot represent.
     """
-    path = Path(source)
+    path, overrides, data = Path(source), list(overrides), None
     if path.suffix == ".index" or Path(f"{path}.index").is_file():
         return _from_tensors(path, _read_tensorflow(path), overrides)
     path = up_to_date(path)
@@ -52,27 +52,26 @@ def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
     if path.name.startswith("diffusion_pytorch_model") and (path.parent / "config.json").is_file():
         path = path.parent
     if path.is_dir():
-        if _find(path, "unet/config.json", "config.json"):
-            return _read_diffusers(path, overrides)
-        path = newest_checkpoint(path)
+        if unet_json := _find(path, "unet/config.json", "config.json"):
+            return _read_diffusers(path, unet_json, overrides)
+        path, data = newest_checkpoint(path)
     if path.suffix == ".safetensors":
         state, metadata = _read_safetensors(path)
-        if {"config", "step", "weights"} <= metadata.keys():  # ours
-            tree, step = json.loads(metadata["config"]), int(metadata["step"])
-            found = _finish(path, tree, state, state, step, [], overrides)
-            return found._replace(only=metadata["weights"])
-        return _from_tensors(path, state, overrides)
+        if not {"config", "step", "weights"} <= metadata.keys():  # not ours
+            return _from_tensors(path, state, overrides)
+        tree, step = json.loads(metadata["config"]), int(metadata["step"])
+        return _finish(path, tree, state, state, overrides, step=step, only=metadata["weights"])
     if path.suffix == ".npz":
         return _from_tensors(path, _read_npz(path), overrides)
-    data = read_plain(path)
+    data = data or read_plain(path)
     if not is_checkpoint(data):
         return _from_tensors(path, data, overrides)
     raw, ema = (
         {k.removeprefix(p): v for k, v in data["state_dict"].items() if k.startswith(p)}
         for p in ("unet.", "ema.")
     )
-    found = _finish(path, data["hyper_parameters"], ema, raw, data["global_step"], [], overrides)
-    return found._replace(only=data.get("weights"))
+    tree, step = data["hyper_parameters"], data["global_step"]
+    return _finish(path, tree, ema, raw, overrides, step=step, only=data.get("weights"))
 
 
 def copy_tensors(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
@@ -126,34 +125,30 @@ def _read_json(path: Path) -> dict:
     return tree
 
 
-def _read_diffusers(folder: Path, overrides: Iterable[str]) -> ModelFiles:
-    """A diffusers folder, of a pipeline or of its network alone."""
-    unet_json = _find(folder, "unet/config.json", "config.json")
+def _read_diffusers(folder: Path, unet_json: Path, overrides: list[str]) -> ModelFiles:
+    """Read a diffusers folder, of a pipeline or of its network alone."""
     name = "scheduler_config.json"
     scheduler_json = _find(folder, f"scheduler/{name}", name, f"../scheduler/{name}")
+    unet, scheduler = _read_json(unet_json), _read_json(scheduler_json) if scheduler_json else None
     try:
-        tree, notes = tree_of_diffusers(
-            _read_json(unet_json), scheduler_json and _read_json(scheduler_json)
-        )
+        tree, notes = tree_of_diffusers(unet, scheduler)
     except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{folder}: {error}") from None
-    state = to_our_names(_read_diffusers_tensors(unet_json.parent))
-    average = folder / "unet_ema"  # where diffusers' training script keeps it
-    ema = state
-    if (average / "config.json").is_file():
-        ema = to_our_names(_read_diffusers_tensors(average))
-    ours = _find(unet_json.parent, "ddpm.json", "../ddpm.json")  # of our own export
-    extra = _read_json(ours) if ours else {}
-    if not {"config", "step", "weights"} <= extra.keys():
-        return _finish(folder, tree, ema, state, 0, notes, overrides)
-    config = extra["config"]
-    if same_betas(config["diffusion"], tree["diffusion"]):  # two names may mean one schedule
+    ema = raw = to_our_names(_read_diffusers_tensors(unet_json.parent))
+    if (folder / "unet_ema" / "config.json").is_file():  # by diffusers' training script
+        ema = to_our_names(_read_diffusers_tensors(folder / "unet_ema"))
+    export_json = _find(unet_json.parent, "ddpm.json", "../ddpm.json")  # of our own export
+    ours = _read_json(export_json) if export_json else {}
+    if not {"config", "step", "weights"} <= ours.keys():
+        return _finish(folder, tree, ema, raw, overrides, notes=notes)
+    config = check_config(ours["config"], source=str(export_json)).model_dump()
+    if same_process(config["diffusion"], tree["diffusion"]):
         tree["diffusion"] = config["diffusion"]
     if tree["sampling"]["sampler"] == "ddpm":  # the scheduler that we write
         tree["sampling"] = config["sampling"] | {"variance": tree["sampling"]["variance"]}
     tree = {section: config[section] | tree.get(section, {}) for section in config}
-    found = _finish(folder, tree, ema, state, extra["step"], notes, overrides)
-    return found._replace(only=extra["weights"])
+    step, only = ours["step"], ours["weights"]
+    return _finish(folder, tree, ema, raw, overrides, step=step, notes=notes, only=only)
 
 
 def _read_diffusers_tensors(folder: Path) -> dict:
@@ -167,7 +162,7 @@ def _read_diffusers_tensors(folder: Path) -> dict:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata."""
+    """Return tensors and metadata."""
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -192,9 +187,9 @@ numpy.savez(sys.argv[2], **{name: reader.get_tensor(name) for name in names})
 
 
 def _read_tensorflow(path: Path) -> dict[str, Tensor]:
-    """A TensorFlow checkpoint: `model.ckpt-790000` for its .index and .data files.
+    """Read a TensorFlow checkpoint: `model.ckpt-790000` for its .index and .data files.
 
-    Read in a process of its own: TensorFlow and PyTorch each bring an LLVM, and they clash.
+    This takes a process of its own: TensorFlow and PyTorch each bring an LLVM, and they clash.
     """
     prefix = path.with_suffix("") if path.suffix == ".index" else path
     with tempfile.TemporaryDirectory() as folder:
@@ -203,37 +198,35 @@ def _read_tensorflow(path: Path) -> dict[str, Tensor]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             if "No module named 'tensorflow'" in done.stderr:
-                mend = "`pip install tensorflow-cpu` to read it"
-                raise ValueError(f"{prefix} is a TensorFlow checkpoint: {mend}")
+                hint = "`pip install tensorflow-cpu` to read it"
+                raise ValueError(f"{prefix} is a TensorFlow checkpoint: {hint}")
             reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
             raise ValueError(f"{prefix} cannot be read by TensorFlow: {reason}")
         return _read_npz(arrays)
 
 
 def _fetch(source: str) -> Path:
-    """The folder of a Hub id, `owner/name`; FileNotFoundError where it is none."""
+    """Download a Hub id, `owner/name`; FileNotFoundError where it is none."""
     owner, slash, name = source.partition("/")
     if not (slash and owner and name) or "/" in name or Path(owner).exists() or "." in owner:
         raise FileNotFoundError(f"no checkpoint at {source}")
     try:
         from huggingface_hub import snapshot_download
 
-        wanted = ["*.json", "*.safetensors", "*.bin"]
-        folder = Path(snapshot_download(source, allow_patterns=wanted))
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
     except ImportError:
-        mend = "`pip install huggingface_hub` to have it fetched, if it is an id on the Hub"
-        raise FileNotFoundError(f"nothing at {source}: {mend}") from None
-    except Exception as error:  # whatever a network and a service can raise
-        reason = str(error).strip().splitlines()[0]
+        reason = "`pip install huggingface_hub` to download it, if it is an id on the Hub"
+        raise FileNotFoundError(f"nothing at {source}: {reason}") from None
+    except Exception as error:  # a network and a service can raise anything
+        reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"nothing at {source}, and it cannot be fetched from the Hub: {reason}"
+            f"nothing at {source}, and it cannot be downloaded from the Hub: {reason}"
         ) from None
-    return folder
 
 
-def _from_tensors(path: Path, data, overrides: Iterable[str]) -> ModelFiles:
-    """Bare tensors of any dialect; the config from their names and shapes."""
-    raw, ema = _sets(path, data)
+def _from_tensors(path: Path, data: Any, overrides: list[str]) -> ModelFiles:
+    """Take bare tensors of any dialect, with the config that their names and shapes imply."""
+    raw, ema = _raw_and_ema(path, data)
     chosen: dict = {}
     for override in overrides:
         apply_override(chosen, override)
@@ -241,42 +234,47 @@ def _from_tensors(path: Path, data, overrides: Iterable[str]) -> ModelFiles:
         tree, notes = infer_tree(ema, chosen.get("dataset", {}).get("image_size"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return _finish(path, tree, ema, raw, 0, notes, overrides)
+    return _finish(path, tree, ema, raw, overrides, notes=notes)
 
 
-def _sets(path: Path, data) -> tuple[dict, dict]:
-    """The raw and the averaged tensors under our names, whichever of them there are."""
-    average = "/ExponentialMovingAverage"
+def _raw_and_ema(path: Path, data: Any) -> tuple[dict, dict]:
+    """Return raw and EMA weights under our names; twice the same where there is one set."""
+    suffix = "/ExponentialMovingAverage"
     if isinstance(data, list) and data and isinstance(data[0], dict):  # of the DDIM code
         names = {str(name).removeprefix("module.") for name in data[0]}
         last = data[-1] if isinstance(data[-1], dict) and {*data[-1]} == names else data[0]
-        data = {"raw": data[0], "ema": last}
-    elif isinstance(data, dict) and any(str(name).endswith(average) for name in data):
+        sets = data[0], last
+    elif isinstance(data, dict) and any(str(name).endswith(suffix) for name in data):
         leaves = ("/W", "/b", "/gamma", "/beta")
-        data = {
-            "raw": {name: value for name, value in data.items() if name.endswith(leaves)},
-            "ema": {n.removesuffix(average): v for n, v in data.items() if n.endswith(average)},
-        }
+        raw = {name: value for name, value in data.items() if name.endswith(leaves)}
+        sets = raw, {n.removesuffix(suffix): v for n, v in data.items() if n.endswith(suffix)}
     elif isinstance(data, dict):
-        data = data.get("state_dict", data)
-        data = {"raw": data, "ema": data}
+        sets = (data.get("state_dict", data),) * 2
     else:
         raise ValueError(f"{path} holds no named tensors")
-    raw = to_our_names(data["raw"])
-    return raw, raw if data["ema"] is data["raw"] else to_our_names(data["ema"])
+    raw = to_our_names(sets[0])
+    return raw, raw if sets[1] is sets[0] else to_our_names(sets[1])
 
 
 _DATASETS = {
-    "cifar": "cifar10",
-    "celeba": "celebahq",
-    "church": "lsun-church",
-    "bedroom": "lsun-bedroom",
+    "cifar": "cifar10", "celeba": "celebahq", "church": "lsun-church", "bedroom": "lsun-bedroom",
     "cat": "lsun-cat",
-}
+}  # fmt: skip
 
 
-def _finish(path, tree, ema, raw, step, notes, overrides) -> ModelFiles:
-    """A checked config, with what the files do not say filled in."""
+def _finish(
+    path: Path,
+    tree: dict,
+    ema: dict[str, Tensor],
+    raw: dict[str, Tensor],
+    overrides: list[str],
+    *,
+    step: int = 0,
+    notes: Iterable[str] = (),
+    only: str | None = None,
+) -> ModelFiles:
+    """Fill in what the files do not say, apply overrides, and check the config."""
+    notes = list(notes)
     tree = {section: dict(values) for section, values in tree.items()}
     dataset = tree.setdefault("dataset", {})
     if "name" not in dataset:
@@ -284,8 +282,9 @@ def _finish(path, tree, ema, raw, step, notes, overrides) -> ModelFiles:
         words = path.resolve().as_posix().lower()
         guesses = [name for word, name in _DATASETS.items() if word in words and name in known]
         dataset["name"] = guesses[0] if guesses else "folder"
-        notes = [*notes, f"dataset.name={dataset['name']}"]
+        notes.append(f"dataset.name={dataset['name']}")
     tree.setdefault("training", {}).setdefault("max_steps", max(1, step))
     for override in overrides:
         apply_override(tree, override)
-    return ModelFiles(check_config(tree, source=f"the config of {path}"), ema, raw, step, notes, path)
+    config = check_config(tree, source=f"the config of {path}")
+    return ModelFiles(path, config, ema, raw, step, notes, only)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import PROJECT, Evil, invoke, wake
 from hub import (
     HUB_256,
     HUB_CIFAR,
@@ -19,14 +20,12 @@ from hub import (
 )
 from PIL import Image
 from safetensors.torch import save_file
-from test_checkpoints import Evil
-from test_commands import invoke
-from test_model import wake
 
-from checkpoint import read_checkpoint, write_checkpoint
 from config import differences, load_config
-from convert import shareable
-from pl_utils import DDPM, SeedNoise, load_ddpm
+from generation import SeedNoise
+from model import build_network
+from weights import load_model, read_checkpoint, write_checkpoint
+from weights.export import shareable
 
 
 def export(source: Path, folder: Path, monkeypatch, *options: str) -> str:
@@ -49,8 +48,8 @@ def test_the_published_models(config, yaml, tensors, times, tmp_path, monkeypatc
     theirs = their_net(config)
     state = theirs.state_dict()
     scheduler = HUB_SCHEDULER | {"variance_type": f"fixed_{paper.sampling.variance}"}
-    ours = load_ddpm(save_hub(tmp_path / "hub", config, state, scheduler))
-    assert len(state) == len(ours.ema.state_dict()) == tensors
+    ours = load_model(save_hub(tmp_path / "hub", config, state, scheduler))
+    assert len(state) == len(ours.network.state_dict()) == tensors
     for section in ("model", "diffusion", "sampling"):
         found, wanted = getattr(ours.config, section), getattr(paper, section)
         if section == "model":  # the published configs have lost their dropout
@@ -77,31 +76,29 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A checkpoint of a tiny model whose average is not its raw weights."""
-    torch.manual_seed(0)
-    ddpm = DDPM(load_config("configs/smoke.yml", ["diffusion.beta_schedule=jsd"]))
-    wake(ddpm.unet, 1), wake(ddpm.ema, 2)
+    """A checkpoint of a tiny model whose EMA is not its raw weights."""
+    config = load_config("configs/smoke.yml", ["diffusion.beta_schedule=jsd"])
+    networks = {"unet": wake(build_network(config), 1), "ema": wake(build_network(config), 2)}
     path = tmp_path_factory.mktemp("small") / "small.ckpt"
-    tree = ddpm.config.model_dump(mode="json")
-    state = ddpm.state_dict()
+    tree = config.model_dump(mode="json")
+    state = torch.nn.ModuleDict(networks).state_dict()
     write_checkpoint({"hyper_parameters": tree, "state_dict": state, "global_step": 6}, path)
     return path
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_import_of_export_is_the_same(small, weights, tmp_path, monkeypatch):
-    before = load_ddpm(small, weights)
-    net = before.ema if weights == "ema" else before.unet
+    before = load_model(small, weights)
     for format, out in (("diffusers", "folder"), ("safetensors", "one.safetensors")):
         options = ("--format", format, "--weights", weights)
         export(small, tmp_path / out, monkeypatch, *options)
         command = f"convert.py import '{tmp_path / out}' '{tmp_path / out}.ckpt'"
         invoke(command, Path(), monkeypatch, 0)
         for source in (tmp_path / out, tmp_path / f"{out}.ckpt"):
-            after = load_ddpm(source)
-            assert after.config == before.config and after.trained_steps == 6
-            for name, value in net.state_dict().items():
-                assert torch.equal(after.ema.state_dict()[name], value)
+            after = load_model(source)
+            assert after.config == before.config and after.step == 6
+            for name, value in before.network.state_dict().items():
+                assert torch.equal(after.network.state_dict()[name], value)
         invoke(command, Path(), monkeypatch, 2)  # nothing is overwritten
     card = (tmp_path / "folder" / "README.md").read_text()
     header = card.split("---")[1]
@@ -111,12 +108,13 @@ def test_import_of_export_is_the_same(small, weights, tmp_path, monkeypatch):
 
 
 def test_the_folders_of_this_machine_are_not_shared():
-    private = ["dataset.root=/home/me/private", "training.extractor=../mine.pt"]
+    private = ["dataset.root=/home/me/private", "evaluation.extractor=../mine.pt"]
     config = load_config("configs/smoke.yml", [*private, "dataset.cache=c"])
     shared = shareable(config)
-    assert shared.training.extractor == "inception-v3-compat"
+    assert shared.evaluation.extractor == "inception-v3-compat"
     assert (shared.dataset.root, shared.dataset.cache) == ("data", "c")
-    assert not differences(config, shared, ignore={"dataset.root", "training.extractor"})
+    changed = [line.partition(":")[0] for line in differences(config, shared)]
+    assert changed == ["dataset.root", "evaluation.extractor"]
 
 
 def test_what_differs_only_in_its_process_is_another_recipe(small, tmp_path, monkeypatch):
@@ -130,11 +128,11 @@ def test_what_differs_only_in_its_process_is_another_recipe(small, tmp_path, mon
 def test_raw_weights_stay_raw(small, tmp_path, monkeypatch):
     for out, format in (("raw", "diffusers"), ("raw.safetensors", "safetensors")):
         export(small, tmp_path / out, monkeypatch, "--weights", "raw", "--format", format)
-        assert load_ddpm(tmp_path / out).weights == "raw"
+        assert load_model(tmp_path / out).weights == "raw"
     invoke("convert.py import raw.safetensors raw.ckpt", tmp_path, monkeypatch, 0)
-    assert load_ddpm("raw.ckpt").weights == "raw"
-    with pytest.raises(ValueError, match="averaged weights alone"):
-        load_ddpm(Path(__file__).parent.parent / "pretrained/digits.safetensors", "raw")
+    assert load_model("raw.ckpt").weights == "raw"
+    with pytest.raises(ValueError, match="EMA alone"):
+        load_model(PROJECT / "pretrained/digits.safetensors", "raw")
 
 
 def test_an_edited_scheduler_is_obeyed(small, tmp_path, monkeypatch):
@@ -142,7 +140,7 @@ def test_an_edited_scheduler_is_obeyed(small, tmp_path, monkeypatch):
     path = tmp_path / "out/scheduler/scheduler_config.json"
     edits = {"beta_end": 0.03, "variance_type": "fixed_small", "beta_schedule": "linear"}
     path.write_text(json.dumps(json.loads(path.read_text()) | edits | {"trained_betas": None}))
-    config = load_ddpm(tmp_path / "out").config
+    config = load_model(tmp_path / "out").config
     assert (config.diffusion.beta_schedule, config.diffusion.beta_end) == ("linear", 0.03)
     assert config.sampling.variance == "small"
 
@@ -163,13 +161,13 @@ def test_onnx_is_the_network(small, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     export(small, tmp_path, monkeypatch, "--format", "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    ddpm = load_ddpm(small)
+    model = load_model(small)
     x, t = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 3, 9])
     (eps,) = session.run(None, {"x": x.numpy(), "t": t.numpy()})
-    torch.testing.assert_close(torch.from_numpy(eps), ddpm(x, t), rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(eps), model(x, t), rtol=0, atol=1e-5)
 
 
-def test_a_pipeline_draws_our_picture(tmp_path, monkeypatch):
+def test_a_pipeline_draws_our_image(tmp_path, monkeypatch):
     """The CIFAR-10 model: `DDPMPipeline` of the export and sample.py, from the same noise."""
     state = their_net(HUB_CIFAR).state_dict()
     state["conv_out.weight"] *= 0.3  # so that not every pixel ends clipped
@@ -185,16 +183,16 @@ def test_a_pipeline_draws_our_picture(tmp_path, monkeypatch):
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *_, **__: noise())
     pipeline.set_progress_bar_config(disable=True)
     theirs = np.asarray(pipeline(num_inference_steps=8).images[0])
-    options = "--num-images 1 --seed 7 --timesteps 8 --spacing uniform --output-dir pictures"
+    options = "--num-images 1 --seed 7 --timesteps 8 --spacing uniform --output-dir images"
     options += " --precision float32"
     invoke(f"sample.py '{tmp_path}/out' {options}", tmp_path, monkeypatch, 0)
-    ours = np.asarray(Image.open(tmp_path / "pictures" / "000007.png"))
+    ours = np.asarray(Image.open(tmp_path / "images" / "000007.png"))
     assert ours.std() > 20
     difference = np.abs(ours.astype(int) - theirs)
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-def test_fine_tuning_starts_from_the_average_at_step_0(small, tmp_path, monkeypatch):
+def test_fine_tuning_starts_from_the_ema_at_step_0(small, tmp_path, monkeypatch):
     export(small, tmp_path / "folder", monkeypatch)
     (tmp_path / "configs").symlink_to(Path("configs").resolve())
     command = "train.py configs/smoke.yml training.max_steps=1 training.learning_rate=1e-30"
@@ -204,7 +202,7 @@ def test_fine_tuning_starts_from_the_average_at_step_0(small, tmp_path, monkeypa
     assert 'diffusion.beta_schedule: "jsd" -> "linear"' in output
     checkpoint = read_checkpoint(tmp_path / "lightning_logs/tuned/checkpoints/last.ckpt")
     assert checkpoint["global_step"] == 1
-    for name, value in load_ddpm(small).ema.state_dict().items():
+    for name, value in load_model(small).network.state_dict().items():
         torch.testing.assert_close(checkpoint["state_dict"][f"unet.{name}"], value)
     again = invoke(command, tmp_path, monkeypatch, 2)
     assert "holds a run" in again
@@ -262,11 +260,11 @@ def test_the_real_weights(name):
     folder = Path(os.environ.get("DDPM_WEIGHTS", "")) / name
     if "DDPM_WEIGHTS" not in os.environ or not folder.is_dir():
         pytest.skip(f"DDPM_WEIGHTS does not name a folder with {name}, which has to be downloaded")
-    ddpm = load_ddpm(folder)
-    size = ddpm.config.dataset.image_size
+    model = load_model(folder)
+    size = model.config.dataset.image_size
     torch.manual_seed(0)
     x = torch.randn(1, 3, size, size)
     with torch.inference_mode():
-        eps = ddpm(x, torch.tensor([10]))[0, 0, 0]
+        eps = model(x, torch.tensor([10]))[0, 0, 0]
     expected = torch.tensor(PUBLISHED[name])
     torch.testing.assert_close(eps[: len(expected)], expected, rtol=0, atol=1e-3)

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import CIFAR, HQ, invoke, steps_of, wake
 from hub import (
     HUB_SCHEDULER,
     HUB_TINY,
@@ -15,14 +16,13 @@ from hub import (
     their_net,
 )
 from official_keys import official_keys
-from test_commands import invoke
-from test_model import CIFAR, HQ
 
 from config import load_config
-from convert import write_diffusers
-from dialects import DIFFUSERS, OURS, rename, to_diffusers, tree_of_diffusers
-from model import UNet
-from pl_utils import DDPM, load_ddpm
+from diffusion_utils import GaussianDiffusion
+from model import UNet, build_network
+from weights import Model, load_model
+from weights.dialects import DIFFUSERS, OURS, rename, to_diffusers, tree_of_diffusers
+from weights.export import write_diffusers
 
 
 @pytest.mark.parametrize(("kwargs", "count"), [(CIFAR, 328), (HQ, 450)])
@@ -58,10 +58,10 @@ def test_every_layout_of_a_diffusers_folder(tmp_path):
     pipeline.save_pretrained(tmp_path / "bin", safe_serialization=False)
     folders += [tmp_path / "pipeline", tmp_path / "bin", tmp_path / "pipeline" / "unet"]
     folders.append(tmp_path / "pipeline/unet/diffusion_pytorch_model.safetensors")
-    reference = load_ddpm(folders[0])
+    reference = load_model(folders[0])
     same_eps(reference, theirs, 8, [0, 500, 999])
     for folder in folders[1:]:
-        ours = load_ddpm(folder)
+        ours = load_model(folder)
         assert ours.config == reference.config
         for name, value in reference.state_dict().items():
             assert torch.equal(ours.state_dict()[name], value), (folder, name)
@@ -77,7 +77,7 @@ def tensorflow_name(name: str) -> str:
 
 
 def test_official_weights_in_both_their_forms(tmp_path):
-    """The paper's tensors; sizes from shapes, and the average apart where TensorFlow keeps it."""
+    """The paper's tensors; sizes from shapes, and the EMA apart where TensorFlow keeps it."""
     generator = torch.Generator().manual_seed(0)
     shapes = official_keys(ch=32, multipliers=[1, 2], attention_levels={1})
     official, arrays = {}, {}
@@ -99,13 +99,14 @@ def test_official_weights_in_both_their_forms(tmp_path):
     np.savez(tmp_path / "tensorflow.npz", **arrays, global_step=np.int64(5))
     names = ("plain.ckpt", "legacy.ckpt", "ddim.ckpt", "wrapped.pt", "tensorflow.npz")
     for file in names:
-        ddpm = load_ddpm(tmp_path / file)
-        assert ddpm.config.dataset.image_size == 32
-        assert ddpm.config.model.channel_multipliers == [1, 2]
-        assert ddpm.config.model.attention_resolutions == [16]
+        model = load_model(tmp_path / file)
+        assert model.config.dataset.image_size == 32
+        assert model.config.model.channel_multipliers == [1, 2]
+        assert model.config.model.attention_resolutions == [16]
         for name, value in official.items():
-            assert torch.equal(ddpm.ema.state_dict()[name], value), (file, name)
-    assert torch.allclose(ddpm.unet.conv_in.weight, official["conv_in.weight"] + 1)
+            assert torch.equal(model.network.state_dict()[name], value), (file, name)
+    raw = load_model(tmp_path / file, "raw").network
+    assert torch.allclose(raw.conv_in.weight, official["conv_in.weight"] + 1)
 
 
 REFUSED = {
@@ -140,7 +141,7 @@ def test_an_absent_key_means_their_default(key):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("prediction_type", "v_prediction"),
+        ("prediction_type", "flow_prediction"),
         ("beta_schedule", "sigmoid"),
         ("variance_type", "learned_range"),
         ("rescale_betas_zero_snr", True),
@@ -160,14 +161,39 @@ def test_schedules_are_theirs_and_come_back(schedule):
     tree = load_config("configs/smoke.yml", [f"diffusion.beta_schedule={schedule}"])
     unet, scheduler = to_diffusers(tree)
     theirs = diffusers.DDPMScheduler.from_config(scheduler)
-    from diffusion_utils import GaussianDiffusion
-
     ours = GaussianDiffusion(**tree.diffusion.model_dump())
     np.testing.assert_allclose(theirs.betas.numpy(), ours.betas, rtol=2e-4, atol=1e-9)
     back, notes = tree_of_diffusers(unet, json.loads(json.dumps(scheduler)))
     assert not notes
     assert back["diffusion"] == tree.diffusion.model_dump()
     assert back["model"] == tree.model.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("prediction", "theirs"), [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")]
+)
+def test_predictions_are_theirs_and_come_back(prediction, theirs, tmp_path):
+    """One DDIM step of diffusers, from the exported folder: x0_hat and x_s, to 1e-5."""
+    config = load_config("configs/smoke.yml", [f"diffusion.prediction={prediction}"])
+    network = wake(build_network(config)).eval()
+    model = Model(network, config, weights="ema", step=3, notes=[])
+    write_diffusers(model, tmp_path / "out", "mit")
+    pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.scheduler.config.prediction_type == theirs
+    back = load_model(tmp_path / "out")
+    assert back.config == config
+    diffusion, T = back.diffusion, config.diffusion.timesteps
+    pipeline.scheduler.set_timesteps(T)
+    x_t = torch.randn(2, *back.shape, generator=torch.Generator().manual_seed(1)) / 4
+    for t in (1, T // 2):
+        with torch.no_grad():
+            F = pipeline.unet(x_t, t).sample
+            step = pipeline.scheduler.step(F, t, x_t, use_clipped_model_output=True)
+            x0_hat = back.predict_x_0(x_t, t).clamp(-1, 1)
+        torch.testing.assert_close(x0_hat, step.pred_original_sample, rtol=0, atol=1e-5)
+        (row,) = (row for row in steps_of(diffusion, "ddim") if row.t == t)
+        x_s = row.x[0] * x_t + row.x0[0] * x0_hat
+        torch.testing.assert_close(x_s, step.prev_sample, rtol=0, atol=1e-5)
 
 
 def test_wrong_tensors_are_listed(tmp_path, monkeypatch):
@@ -191,9 +217,10 @@ def test_wrong_tensors_are_listed(tmp_path, monkeypatch):
     ],
 )
 def test_configs_that_can_be_said_in_two_ways(override, tmp_path):
-    ddpm = DDPM(load_config("configs/smoke.yml", override.split()))
-    write_diffusers(ddpm, tmp_path / "out", "mit")  # it reads back, and compares
-    assert load_ddpm(tmp_path / "out").config == ddpm.config
+    config = load_config("configs/smoke.yml", override.split())
+    model = Model(build_network(config), config, weights="ema", step=0, notes=[])
+    write_diffusers(model, tmp_path / "out", "mit")  # it reads back, and compares
+    assert load_model(tmp_path / "out").config == config
 
 
 def test_a_first_multiplier_of_2_is_not_diffusers():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import wake
+from helpers import wake
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -58,7 +58,9 @@ def save_hub(folder: Path, config: dict, state: dict, scheduler: dict = HUB_SCHE
 
 
 def same_eps(ours, theirs, size: int, times) -> None:
-    x = torch.randn(1, ours.unet.channels, size, size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        1, ours.config.dataset.channels, size, size, generator=torch.Generator().manual_seed(0)
+    )
     for t in times:
         with torch.inference_mode():
             a, b = ours(x, torch.tensor([t])), theirs(x, t).sample

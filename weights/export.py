@@ -1,0 +1,250 @@
+"""Write models: as checkpoints of ours, and for diffusers, safetensors and ONNX."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from config import Config, differences, to_yaml
+from files import atomic_write
+from model import Network, build_network
+from weights.checkpoint import write_checkpoint
+from weights.dialects import DIFFUSERS, OURS, rename, to_diffusers
+from weights.load import copy_tensors, read_model
+from weights.model import Model, load_model
+
+
+def import_model(source: str | Path, out: Path, overrides: Iterable[str] = ()) -> str:
+    """Write a checkpoint of ours, without an optimizer, from a model of any dialect; summarise it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_model`; or `out` exists or is no .ckpt.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another name, or delete it")
+    if out.suffix != ".ckpt":
+        raise ValueError(f"{out}: a checkpoint's name ends in .ckpt")
+    found = read_model(source, overrides)
+    state: dict[str, Tensor] = {}
+    for prefix, tensors in (("unet", found.raw), ("ema", found.ema)):
+        network = build_network(found.config, "meta")
+        copy_tensors(network, tensors, found.path)
+        state |= {f"{prefix}.{name}": value for name, value in network.state_dict().items()}
+    checkpoint = {"hyper_parameters": found.config.model_dump(mode="json"), "state_dict": state}
+    only = {"weights": found.only} if found.only else {}
+    write_checkpoint({**checkpoint, "global_step": found.step, **only}, out)
+    notes = "".join(f"assumed: {note}\n" for note in found.notes)
+    return f"{notes}{summary(network, found.config)}\nwritten: {out}"
+
+
+def export_model(
+    source: str | Path,
+    out: Path,
+    format: Literal["diffusers", "safetensors", "onnx"],
+    weights: Literal["ema", "raw"] = "ema",
+    license: str = "unknown",
+) -> str:
+    """Write a model for other programs, read it back and compare; summarise it.
+
+    Args:
+        source: as `load_model` takes.
+        out: a new path; for safetensors and onnx the file, or the folder of a model.FORMAT.
+        license: of the weights, for diffusers' model card.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`; something is at `out`; the format cannot
+            hold the model, or it reads back differently. OSError: it cannot be written.
+    """
+    out, suffix = out.resolve(), f".{format}"
+    if out.suffix in {".safetensors", ".onnx"} - {suffix}:
+        raise ValueError(f"{out.name} is no name for --format {format}")
+    if format != "diffusers" and out.suffix != suffix:
+        out = out / f"model{suffix}"
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out} exists; choose another name, or delete it")
+    model = load_model(source, weights)
+    model.config = shareable(model.config)
+    note = ""
+    with atomic_write(out, keep_suffix=True) as temporary:
+        match format:
+            case "diffusers":
+                write_diffusers(model, temporary, license)
+            case "safetensors":
+                write_safetensors(model, temporary)
+            case "onnx":
+                error = write_onnx(model, temporary)
+                note = f"onnxruntime differs by {error:.1e} of the output's scale\n"
+        if out.is_dir():
+            out.rmdir()
+    about = f"{summary(model.network, model.config)}, {model.weights} weights"
+    return f"{note}{about}\nwritten and read back: {out}"
+
+
+def shareable(config: Config) -> Config:
+    """Return the config without folders of this machine."""
+    tree = config.model_dump()
+    places = ("dataset.root", "dataset.cache", "logging.results_folder", "evaluation.extractor")
+    for section, key in (place.split(".") for place in places):
+        value = tree[section][key]
+        if Path(value).is_absolute() or value.startswith(("..", "~")):
+            del tree[section][key]
+    return Config.model_validate(tree)
+
+
+def summary(network: Network, config: Config) -> str:
+    """Return one line: parameters, images, process."""
+    count = sum(parameter.numel() for parameter in network.parameters())
+    size, process = config.dataset.image_size, config.diffusion
+    return (
+        f"{count:,} parameters, images of {config.dataset.channels}x{size}x{size}, "
+        f"T = {process.timesteps}, {process.beta_schedule} schedule, predicts {process.prediction}"
+    )
+
+
+def tensors_of(model: Model) -> dict[str, Tensor]:
+    """Return the weights by name, contiguous."""
+    return {name: value.contiguous() for name, value in model.network.state_dict().items()}
+
+
+def about(model: Model) -> dict:
+    """Return what goes with the weights, as plain data: what `read_model` knows ours by."""
+    config = model.config.model_dump(mode="json")
+    return {"step": model.step, "weights": model.weights, "config": config}
+
+
+def check_same(model: Model, path: Path) -> None:
+    """Raise ValueError where a file does not read back bit for bit."""
+    found, ours = read_model(path), tensors_of(model)
+    wrong = differences(model.config, found.config)
+    wrong += list(found.ema.keys() ^ ours.keys())
+    wrong = wrong or [k for k in ours if not torch.equal(found.ema[k].view_as(ours[k]), ours[k])]
+    if wrong:
+        raise ValueError(f"what was written reads back differently: {'; '.join(wrong[:5])}")
+
+
+def write_safetensors(model: Model, path: Path) -> None:
+    """Write one file with the config inside."""
+    told = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about(model).items()}
+    path.write_bytes(save(tensors_of(model), {"format": "pt", **told}))
+    check_same(model, path)
+
+
+def write_diffusers(model: Model, folder: Path, license: str) -> None:
+    """Write a folder that diffusers' pipelines load.
+
+    Raises:
+        ValueError: diffusers' network cannot represent it; as `to_diffusers`.
+    """
+    unet, scheduler = to_diffusers(model.config)
+    levels = len(model.config.model.channel_multipliers)
+    state = {}
+    for name, value in tensors_of(model).items():
+        attention = ".attn" in name and value.ndim == 4  # 1x1 convolutions here, matrices there
+        value = value[:, :, 0, 0].contiguous() if attention else value
+        state[rename(name, levels, dialect=OURS, to=DIFFUSERS)] = value
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": unet["_diffusers_version"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    trees = {
+        "unet/config.json": unet,
+        "scheduler/scheduler_config.json": scheduler,
+        "model_index.json": index,
+        "ddpm.json": about(model),
+    }
+    for name, tree in trees.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(save(state, {"format": "pt"}))
+    (folder / "README.md").write_text(model_card(model, license), encoding="utf-8")
+    check_same(model, folder)
+
+
+def model_card(model: Model, license: str) -> str:
+    """Return the README.md of a diffusers folder, as the Hub reads it."""
+    config = model.config
+    size, T = config.dataset.image_size, config.diffusion.timesteps
+    ema = f"the EMA of the weights, decay {config.training.ema_decay}"
+    which = ema if model.weights == "ema" else "the last training weights, not their EMA"
+    return f"""---
+license: {license}
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags:
+- ddpm
+- diffusers
+- unconditional-image-generation
+datasets:
+- {config.dataset.name}
+---
+
+# DDPM, {config.dataset.name}, {size}x{size}
+
+A denoising diffusion probabilistic model (Ho et al. 2020, [arXiv 2006.11239](https://arxiv.org/abs/2006.11239))
+of {config.dataset.channels}-channel images, after {model.step:,} training steps of
+{config.training.batch_size} images: {which}.
+
+```python
+from diffusers import DDIMPipeline, DDPMPipeline
+
+ddpm = DDPMPipeline.from_pretrained("THIS_FOLDER")
+ddpm(num_inference_steps={T}).images[0].save("ddpm.png")
+ddim = DDIMPipeline.from_pretrained("THIS_FOLDER")
+ddim(num_inference_steps={min(50, T)}).images[0].save("ddim.png")
+```
+
+## Settings
+
+```yaml
+{to_yaml(config).strip()}
+```
+"""
+
+
+def write_onnx(model: Model, path: Path) -> float:
+    """Write the network: (x [B, C, H, W] float32, t [B] int64) -> its prediction, for any B.
+
+    Returns:
+        The largest difference of onnxruntime's output, in units of the largest output.
+
+    Raises:
+        ValueError: a package is missing, or onnxruntime differs by 1e-4 or more.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        hint = "pip install -r requirements-extras.txt"
+        raise ValueError(f"--format onnx needs {error.name}: {hint}") from None
+    network = model.network
+    x = torch.randn(3, *model.shape, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(0, model.diffusion.timesteps - 1, 3).long()
+    batch = torch.export.Dim("batch")
+    torch.onnx.export(
+        network,
+        (x[:2], t[:2]),
+        path,
+        input_names=["x", "t"],
+        output_names=[f"{model.config.diffusion.prediction}_hat"],
+        dynamic_shapes={"x": {0: batch}, "t": {0: batch}},
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    errors = []
+    for count in (1, 3):
+        ours = network(x[:count], t[:count])
+        (other,) = session.run(None, {"x": x[:count].numpy(), "t": t[:count].numpy()})
+        errors.append(float((ours - torch.from_numpy(other)).abs().max() / ours.abs().max()))
+    worst = max(errors)
+    if not all(error < 1e-4 for error in errors):
+        raise ValueError(f"onnxruntime differs by {worst:.1e} of the output's scale")
+    return worst
