@@ -1,37 +1,36 @@
-"""Whether the data keeps up: a part of profile.py."""
+"""Measure whether the data keeps up: a part of profile.py."""
 
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from benchmarks.common import Options, markdown, report
-from data import Data
-from dataset import Pictures
+from dataset import Images
+from training.datamodule import train_batches
 
 # what an H200 consumes at 40% of 790 TFLOP/s, images/s
 CONSUMED = {32: 8500, 256: 212}
 
 
-def array_loader(options: Options, count: int, workers: int = 0, file: Path | None = None):
-    """Data's train loader over `count` random pictures, in memory or in a memory-mapped file."""
+def array_loader(
+    options: Options, count: int, workers: int = 0, file: Path | None = None
+) -> DataLoader:
+    """Return the train loader over `count` random images, in memory or in a memory-mapped file."""
     size = options.image_size
     shape, random = (count, 3, size, size), np.random.default_rng(0)
     if file:
-        pictures = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+        pixels = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
         for start in range(0, count, 100):
-            pictures[start : start + 100] = random.integers(
-                0, 256, pictures[start : start + 100].shape, np.uint8
-            )
-        pictures.flush()
+            block = pixels[start : start + 100]
+            block[:] = random.integers(0, 256, block.shape, np.uint8)
+        pixels.flush()
     else:
-        pictures = random.integers(0, 256, shape, np.uint8)
-    data = Data(options.config(f"training.num_workers={workers}"))
-    data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1)
-    data.pictures = {"train": Pictures(file or pictures)}
-    return data.train_dataloader()
+        pixels = random.integers(0, 256, shape, np.uint8)
+    config = options.config(f"hardware.num_workers={workers}")
+    return train_batches(Images(file or pixels), config)
 
 
 def loader_table(options: Options, seconds: float) -> str:
@@ -42,7 +41,7 @@ def loader_table(options: Options, seconds: float) -> str:
         for workers in some:
             report(f"loader: {size}x{size}, {workers} workers")
             with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder, "pictures.npy") if size == 256 else None
+                file = Path(folder, "images.npy") if size == 256 else None
                 batches = iter(array_loader(sized, count, workers, file))
                 for _ in range(10):
                     next(batches)
@@ -54,7 +53,7 @@ def loader_table(options: Options, seconds: float) -> str:
                 del batches  # and its workers
             kind = "in memory" if size == 32 else "memory-mapped"
             ratio = f"{rate / CONSUMED[size]:.1f}"
-            what = f"{size}x{size}, {count:,} pictures {kind}"
+            what = f"{size}x{size}, {count:,} images {kind}"
             rows.append([what, str(workers), f"{rate:,.0f}", f"{CONSUMED[size]:,}", ratio])
     heads = ["", "workers", "images/s", "an H200 takes", "times as much"]
     return (

@@ -55,6 +55,17 @@ def invoke(command: str, place: Path, monkeypatch, code: int) -> str:
     return result.output
 
 
+def failing(function, code, when=lambda *_: True):
+    """Return `function`, but with an error of the system where `when` says so."""
+
+    def wrapped(*arguments, **options):
+        if when(*arguments):
+            raise OSError(code, os.strerror(code))
+        return function(*arguments, **options)
+
+    return wrapped
+
+
 def wake(net: nn.Module, seed: int = 0) -> nn.Module:
     """Give random weights of ordinary size everywhere, so that no branch is silent."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,17 +1,20 @@
+import errno
 import hashlib
 import json
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import Evil, load, noise_image, write_cifar
+from helpers import PROJECT, Evil, failing, load, noise_image, run, write_cifar
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset import Batch, Images, StepSampler, fit_image
+import files
+from dataset import Batch, FolderImages, Images, StepSampler, fit_image
 
 # ---- the order
 
@@ -200,9 +203,20 @@ def test_decoded_images_are_found_again_by_any_version(tmp_path):
     assert there == [f"{digest}-8x8x3.json", f"{digest}-8x8x3.npy"]
     load(tmp_path, fit="pad")
     assert len(list((tmp_path / "cache").iterdir())) == 4
+    recipe = json.dumps([[str(root.resolve()), files], [3, 8]])
+    digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    assert FolderImages(root, (3, 8)).fingerprint() == digest
     digits = load(tmp_path, "digits", channels=1, validation_fraction=0.1)
     assert digits["train"].fingerprint() == "f670761aceeed3d3"
     assert digits["validation"].fingerprint() == "5edc7d37149f42d9"
+
+
+def test_what_an_older_version_left_out_stays_out(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(3 * 64 * 3, dtype=np.uint8).reshape(3, 8, 8, 3))
+    load(tmp_path, "npy", root=str(tmp_path / "a.npy"))
+    (skipped,) = (tmp_path / "cache").glob("*.json")
+    skipped.write_text('{"picture 1": "too small: 1x1 pixels"}')
+    assert load(tmp_path, "npy", root=str(tmp_path / "a.npy"))["train"].rows.tolist() == [0, 2]
 
 
 def test_a_tiny_image_is_left_out(tmp_path, capsys):
@@ -313,3 +327,48 @@ def test_odd_files_come_out_right():
 
     gray = noise_image(0, mode="L")
     assert np.array_equal(fit_image(gray, image_size=8, channels=3)[1], np.asarray(gray))
+
+
+# ---- when the system fails
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_no_file_is_renamed_while_it_is_mapped(tmp_path, monkeypatch):
+    (tmp_path / "root").mkdir()
+    for i in range(3):
+        noise_image(i).save(tmp_path / "root" / f"{i}.png")
+    mapped = []
+
+    def replace(source, target):
+        mapped.append(str(source) in Path("/proc/self/maps").read_text())
+        os.rename(source, target)
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    images = load(tmp_path)["train"]
+    assert mapped == [False, False]  # the array, the list of those left out
+    assert isinstance(images, Images)
+    assert len(images) == 3
+
+
+def test_a_failure_of_the_system_is_no_bad_image(tmp_path, monkeypatch):
+    (tmp_path / "root").mkdir()
+    for i in range(3):
+        noise_image(i).save(tmp_path / "root" / f"{i}.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", failing(Image.open, errno.EMFILE))
+        with pytest.raises(OSError, match="Too many open files; allow more"):
+            load(tmp_path)
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(load(tmp_path)["train"]) == 3
+    assert torch.is_tensor(load(tmp_path)["train"][[0]].images)
+
+
+def test_a_large_image_is_no_warning(tmp_path):
+    """In a process of its own, where warnings are shown: 95 million pixels, which Pillow minds."""
+    (tmp_path / "root").mkdir()
+    Image.new("1", (9500, 10_000)).save(tmp_path / "root" / "large.png")
+    config = PROJECT / "configs" / "digits.yml"
+    line = f"dataset.py {config} dataset.name=folder dataset.root=root"
+    output = run(line, tmp_path, env={"PYTHONWARNINGS": "default"})
+    assert "9500x10000 -> centre 9500x9500 -> 8x8" in output
+    assert "DecompressionBomb" not in output

@@ -7,30 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
-from test_dataset import load, noise_image
+from checkpoint import newest_checkpoint, read_checkpoint, saved_steps, up_to_date
+from helpers import failing
+from terminal import describe
 from test_training import assert_same, train
 from typer.testing import CliRunner
 
 import files
-from checkpoint import newest_checkpoint, read_checkpoint, saved_steps, up_to_date
-from dataset import Pictures
 from files import advice, atomic_write
 from pl_utils import load_ddpm
-from terminal import describe
-
-
-def failing(function, code, when=lambda *_: True):
-    """`function`, but an error of the system where `when` says so."""
-
-    def wrapped(*arguments, **options):
-        if when(*arguments):
-            raise OSError(code, os.strerror(code))
-        return function(*arguments, **options)
-
-    return wrapped
-
 
 # ---- one way to write
 
@@ -219,37 +204,3 @@ def test_fine_tuning_that_failed_at_its_first_write_is_fine_tuning(tmp_path, mon
     (tmp_path / "lightning_logs" / "r").mkdir(parents=True)
     _, said = train_in(tmp_path, monkeypatch, line)  # it took them, rather than begin without
     assert "digits.safetensors: the weights do not fit" in said
-
-
-# ---- decoded pictures
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
-def test_no_file_is_renamed_while_it_is_mapped(tmp_path, monkeypatch):
-    (tmp_path / "root").mkdir()
-    for i in range(3):
-        noise_image(i).save(tmp_path / "root" / f"{i}.png")
-    mapped = []
-
-    def replace(source, target):
-        mapped.append(str(source) in Path("/proc/self/maps").read_text())
-        os.rename(source, target)
-
-    monkeypatch.setattr(files.os, "replace", replace)
-    pictures = load(tmp_path)["train"]
-    assert mapped == [False, False]  # the array, the list of those left out
-    assert isinstance(pictures, Pictures)
-    assert len(pictures) == 3
-
-
-def test_a_failure_of_the_system_is_no_bad_picture(tmp_path, monkeypatch):
-    (tmp_path / "root").mkdir()
-    for i in range(3):
-        noise_image(i).save(tmp_path / "root" / f"{i}.png")
-    with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", failing(Image.open, errno.EMFILE))
-        with pytest.raises(OSError, match="Too many open files; allow more"):
-            load(tmp_path)
-    assert not list((tmp_path / "cache").iterdir())
-    assert len(load(tmp_path)["train"]) == 3
-    assert torch.is_tensor(load(tmp_path)["train"][[0]])
