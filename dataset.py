@@ -189,31 +189,28 @@ def load_images(
 
     Args:
         name, root: as of `find_images`. image_size, channels, fit: as of `fit_image`.
-        cache: a folder for decoded files.
-        progress: wraps an iterable and knows `total=`, to show what a long decoding does.
+        cache: a folder for decoded files. progress: shows how far a long decoding is.
 
     Raises:
         FileNotFoundError: nothing at `root`. ValueError: too many files that cannot be used.
     """
     form = dict(image_size=image_size, channels=channels, fit=fit)
-    parts = {
-        key: Images(_fit_array(found, form))
-        if isinstance(found, np.ndarray)
-        else _decode(found, root, Path(cache), progress, form)
-        for key, found in find_images(name, Path(root)).items()
-    }
+    parts = {}
+    for split, found in find_images(name, Path(root)).items():
+        if isinstance(found, np.ndarray):
+            parts[split] = Images(_fit_array(found, form))
+        else:
+            parts[split] = _decode(found, root, Path(cache), progress, form)
     if "validation" in parts:
         return parts
     images = parts["train"]
     order = np.random.default_rng(0).permutation(len(images))
     count = round(validation_fraction * len(order))
     if count >= len(order):
-        raise ValueError(
-            f"dataset.validation_fraction {validation_fraction} of {len(order)} images leaves "
-            "none to train on"
-        )
+        share = f"dataset.validation_fraction {validation_fraction} of {len(order)} images"
+        raise ValueError(f"{share} leaves none to train on")
     rows = {"train": np.sort(order[count:]), "validation": np.sort(order[:count])}
-    return {key: Images(images.source, images.rows[part]) for key, part in rows.items()}
+    return {split: Images(images.source, images.rows[some]) for split, some in rows.items()}
 
 
 def fit_image(

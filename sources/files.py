@@ -65,26 +65,23 @@ def is_image(name: str) -> bool:
 
 def open_files(root: Path) -> Source:
     """Open all images of a folder and the folders below it, of a zip or of a tar."""
+    place = f"{root} (dataset.root)"
     if root.is_dir():
         names = (path.relative_to(root).as_posix() for path in files_under(root))
         source = open_folder(root, [n for n in names if is_image(n) and (root / n).is_file()])
     elif not root.exists():
-        raise FileNotFoundError(
-            f"{root} (dataset.root) does not exist; give a folder, a zip or a tar"
-        )
+        raise FileNotFoundError(f"{place} does not exist; give a folder, a zip or a tar")
     elif not root.is_file():
-        raise ValueError(f"{root} (dataset.root) is neither a folder nor a file")
+        raise ValueError(f"{place} is neither a folder nor a file")
     elif zipfile.is_zipfile(root):
         source = open_zip(root)
     elif tarfile.is_tarfile(root):
         source = open_tar(root)
     else:
-        raise ValueError(
-            f"{root} (dataset.root) is neither a folder nor a zip or tar, or is damaged"
-        )
+        raise ValueError(f"{place} is neither a folder nor a zip or tar, or is damaged")
     if not source.names:
         kinds = ", ".join(extension[1:] for extension in EXTENSIONS)
-        raise FileNotFoundError(f"{root} (dataset.root) holds no images ({kinds})")
+        raise FileNotFoundError(f"{place} holds no images ({kinds})")
     return source
 
 
@@ -184,16 +181,17 @@ def _lmdb_environment(home: str) -> Any:
 
 def open_array(root: Path) -> Source:
     """Open the images of an .npy or .npz file: [N, H, W], [N, H, W, C] or [N, C, H, W]."""
+    place = f"{root} (dataset.root)"
     if root.is_dir():
         files = sorted(p.name for p in root.glob("*.np[yz]"))
         if len(files) != 1:
+            some = f": {', '.join(files[:5])}" if files else ""
             raise FileNotFoundError(
-                f"{root} (dataset.root) holds {len(files)} .npy or .npz files; give one of them"
-                + (f": {', '.join(files[:5])}" if files else "")
+                f"{place} holds {len(files)} .npy or .npz files; give one of them{some}"
             )
         root = root / files[0]
     if not root.exists():
-        raise FileNotFoundError(f"{root} (dataset.root) does not exist; give an .npy or .npz file")
+        raise FileNotFoundError(f"{place} does not exist; give an .npy or .npz file")
     try:
         pixels = np.load(root, mmap_mode="r", allow_pickle=False)
         if isinstance(pixels, np.lib.npyio.NpzFile):

@@ -155,10 +155,10 @@ def _advise_on_files(config: Config, headers: Headers, values: Values) -> Iterab
         factor = 2 ** (len(config.model.channel_multipliers) - 1)
         median = int(np.median([min(s) for s, n in headers.sizes.items() for _ in range(n)]))
         nearest = max(factor, median // factor * factor)
+        better = f": dataset.image_size={nearest}" if 4 <= nearest < size else ""
         yield (
             f"{small:,} of {total:,} images are smaller than {size}x{size} and are enlarged, "
-            "which makes them soft"
-            + (f": dataset.image_size={nearest}" if 4 <= nearest < size else "")
+            f"which makes them soft{better}"
         )
     lost = sum(n * (1 - min(sides) / max(sides)) for sides, n in headers.sizes.items()) / total
     if lost > 0.3 and data.fit == "crop":
@@ -174,15 +174,18 @@ def _advise_on_files(config: Config, headers: Headers, values: Values) -> Iterab
 
 def _advise_on_set(config: Config, values: Values, validation: list[bytes]) -> Iterable[str]:
     data, count, trained_on = config.dataset, len(values.digests), set(values.digests)
-    mirrored = data.name not in MIRROR_MATTERS
+    may_flip = data.name not in MIRROR_MATTERS
     if copies := count - len(trained_on):
         yield f"{copies:,} of {count:,} training images are copies: those are memorized first"
     if leaked := sum(digest in trained_on for digest in validation):
         yield f"{leaked:,} validation images are trained on, too: remove the copies"
-    if data.random_flip and not mirrored:
+    if data.random_flip and not may_flip:
         yield "a mirrored digit is no digit: dataset.random_flip=false"
-    if count < 5000 and not data.random_flip and mirrored:
-        yield f"{count:,} images are few: dataset.random_flip=true doubles them, if mirrored ones are real"
+    if count < 5000 and not data.random_flip and may_flip:
+        yield (
+            f"{count:,} images are few: dataset.random_flip=true doubles them, where left and "
+            "right do not matter"
+        )
     if count < 5000 and config.model.dropout == 0:
         yield f"{count:,} images can be memorized: model.dropout=0.1 delays it"
     if not validation:
