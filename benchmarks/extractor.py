@@ -1,4 +1,4 @@
-"""A feature extractor for small grey pictures: a little classifier of them, as a TorchScript file.
+"""A feature extractor for small gray images: a little classifier of them, as a TorchScript file.
 
 Inception is made for photographs; of digits its features say little. Run from the project's folder;
 seconds for digits, a minute or two for Fashion-MNIST on one core:
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from config import load_config
-from dataset import load_pictures
+from dataset import load_images
 
 
 class Classifier(nn.Module):
@@ -38,43 +38,43 @@ class Classifier(nn.Module):
         )  # fmt: skip
         self.head = nn.Linear(64, 10)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.features(pictures[:, :1].float() / 127.5 - 1)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(images[:, :1].float() / 127.5 - 1)
         return features, self.head(features)
 
 
 def labelled(config_file: str, root: str | None) -> tuple[Tensor, Tensor]:
-    """The training pictures, uint8 [N, 3, H, W], and what they show, [N]."""
+    """Return the training images, uint8 [N, 3, H, W], and what they show, [N]."""
     overrides = [f"dataset.root={root}"] if root else []
     dataset = load_config(config_file, [*overrides, "dataset.random_flip=false"]).dataset
     keys = dataset.model_dump(exclude={"random_flip"})
-    pictures = load_pictures(**keys)["train"]
+    train = load_images(**keys)["train"]
     if dataset.name == "digits":
         from sklearn.datasets import load_digits
 
-        labels = load_digits().target[pictures.rows]
+        labels = load_digits().target[train.rows]
     else:
         path = Path(dataset.root) / "train-labels-idx1-ubyte.gz"
         labels = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=8)
-    images = pictures[list(range(len(pictures)))].expand(-1, 3, -1, -1)
+    images = train[list(range(len(train)))].images.expand(-1, 3, -1, -1)
     return images, torch.from_numpy(labels.astype(np.int64))
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    pictures, labels = labelled(sys.argv[1], sys.argv[3] if len(sys.argv) > 3 else None)
+    images, labels = labelled(sys.argv[1], sys.argv[3] if len(sys.argv) > 3 else None)
     order = torch.randperm(len(labels))
     test, train = order[: len(order) // 6], order[len(order) // 6 :]
-    net = Classifier(pictures.shape[-1])
+    net = Classifier(images.shape[-1])
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     for _ in range(max(2, 45_000 // len(train))):
         for rows in train[torch.randperm(len(train))].split(50):
-            loss = cross_entropy(net(pictures[rows])[1], labels[rows])
+            loss = cross_entropy(net(images[rows])[1], labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     with torch.inference_mode():
-        told = torch.cat([net(pictures[rows])[1].argmax(dim=1) for rows in test.split(500)])
-    print(f"{(told == labels[test]).float().mean():.1%} of {len(test):,} held-out ones told right")
+        told = torch.cat([net(images[rows])[1].argmax(dim=1) for rows in test.split(500)])
+    print(f"{(told == labels[test]).float().mean():.1%} of {len(test):,} test images told right")
     warnings.simplefilter("ignore")  # that TorchScript is old
     torch.jit.script(net.eval()).save(sys.argv[2])

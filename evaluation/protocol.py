@@ -1,23 +1,27 @@
 """What is measured, by what and against what: opened, checked, and written down as a recipe."""
 
 from collections.abc import Callable
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+from rich.progress import track
 
-from config import Config, load_config
-from data import Data
-from dataset import Files, Pictures, sides
-from metrics import Statistics, load_extractor, load_statistics
-from sample import prepare
-from terminal import did_you_mean, is_main_process
+from config import Config, SamplingConfig, did_you_mean, load_config
+from dataset import FolderImages, Images, sides
+from evaluation.extractor import Extractor, load_extractor
+from evaluation.metrics import Statistics, Tally, load_statistics, spread
+from evaluation.reference import RealImages
+from generation import resolve_precision, sampling_recipe
+from training.datamodule import open_images
+from weights import Model, load_model
 
 METRICS = {"fid": "FID", "is": "IS", "kid": "KID", "pr": "precision, recall", "nll": "NLL"}
-SAMPLING = "sampler", "timesteps", "eta", "spacing", "variance"
 FEATURES = {"fid", "is", "kid", "pr"}
-# Ho et al. 2020, Tables 1 and 3: L_simple, T = 1000, 50,000 pictures against the training set
+# Ho et al. 2020, Tables 1 and 3: L_simple, T = 1000, 50,000 images against the training set
 PAPER = {
     ("cifar10", 32): {"FID": "3.17", "IS": "9.46 ± 0.11"},
     ("lsun-church", 256): {"FID": "7.89"},
@@ -30,180 +34,207 @@ PAPER_BITS = {
 }
 
 
-class Protocol:
-    """What is measured, by what, against what. `recipe` says it all, as JSON.
+@dataclass(frozen=True)
+class Options:
+    """What is asked for; see `python evaluate.py --help`."""
 
-    Args:
-        asked: the options of `evaluate.py`, by their names.
-        say: hears what a person should know.
+    source: Path
+    sampling: dict[str, Any]  # keys of the config's section that win over the model's own
+    metrics: str | None = None
+    num_images: int | None = None
+    reference: str = "train"
+    output: Path | None = None
+    save_images: bool = False
+    extractor: str = "inception-v3-compat"
+    extractor_weights: Path | None = None
+    split: str | None = None
+    nll_images: int | None = None
+    stride: int = 1
+    seed: int = 0
+    weights: str = "ema"
+    precision: str = "auto"
+    batch_size: int = 64
+    device: str = "cpu"  # cpu, cuda, cuda:1 or mps
+
+
+class Protocol:
+    """What is measured, by what, against what.
+
+    Attributes:
+        recipe: all that decides the numbers, as JSON.
+        metrics: what is computed, in the order of `METRICS`.
+        model, config, images: what is measured; None where it has no such thing.
+        count, shape: how many images, of (C, H, W); rows: which of those that are there.
+        reference, extractor, tally: what features need.
 
     Raises:
         ValueError, OSError: for users.
     """
 
-    def __init__(self, asked: SimpleNamespace, say: Callable[[str], None]):
-        self.asked, self.say = asked, say
+    def __init__(self, options: Options, say: Callable[[str], None]):
+        self.options, self.say = options, say
+        self.config: Config | None = None
+        self.model: Model | None = None
+        self.images: RealImages | None = None
+        self.reference: RealImages | Statistics | None = None
+        self.extractor: Extractor | None = None
+        self.tally: Tally | None = None
+        self.recipe: dict[str, Any] = {"source": str(options.source)}
         self._open_source()
         self._choose_metrics()
 
     @cached_property
-    def data(self) -> dict[str, Pictures]:
-        """The pictures of the model's dataset."""
+    def data(self) -> dict[str, Images]:
+        """The images of the model's dataset."""
+        assert self.config
         return load_data(self.config)
 
     @cached_property
     def split(self) -> str:
-        split = self.asked.split or ("validation" if len(self.data["validation"]) else "train")
+        """The part of the dataset that a likelihood, or a config, is about."""
+        split = self.options.split or ("validation" if len(self.data["validation"]) else "train")
         if not len(self.data[split]):
-            raise ValueError(f"--split {split}: the dataset holds nothing out")
+            raise ValueError(f"--split {split}: the dataset has no validation images")
         return split
 
     @property
     def name(self) -> str:
-        """Of the run, for its folder and its checkpoints, and of the step; else the source's."""
-        source = self.asked.source.resolve()
+        """The run's name, also for its checkpoints, and the step; else the source's."""
+        source = self.options.source.resolve()
         if source.parent.name == "checkpoints":
             source = source.parent.parent
         name = source.name if source.is_dir() else source.stem
         return f"{name}-step-{self.recipe['step']}" if self.recipe.get("step") else name
 
     def _open_source(self) -> None:
-        """Pictures that are there, or a model that makes them."""
-        asked, source = self.asked, self.asked.source
-        given = {key: getattr(asked, key) for key in SAMPLING if getattr(asked, key) is not None}
-        self.config = self.ddpm = self.pictures = None
-        self.recipe = {"source": str(source)}
+        """Open images that are there, or load a model that makes them."""
+        options, source = self.options, self.options.source
         if source.suffix in (".yml", ".yaml"):
             self.config = load_config(source)
-            self.pictures = self.data[self.split]
+            self.images = self.data[self.split]
             self.recipe["split"] = self.split
-        elif holds_pictures(source):
-            self.pictures = Files(source)
+        elif holds_images(source):
+            self.images = FolderImages(source)
         else:
-            self.ddpm, self.steps, self.of_picture = prepare(
-                source, "cpu", asked.weights, None, given, asked.precision, asked.device
+            self.model = load_model(source, options.weights)
+            self.config = self.model.config
+            device = torch.device(options.device)
+            self.steps, self.drawing = sampling_recipe(
+                self.model,
+                options.sampling,
+                source=str(source),
+                precision=resolve_precision(self.config, device, options.precision),
             )
-            self.config = self.ddpm.config
-            for note in self.ddpm.notes:
+            for note in self.model.notes:
                 self.say(f"assumed: {note}")
-            self.recipe |= {k: v for k, v in self.of_picture.items() if k != "checkpoint"}
-        if self.pictures is None:
-            size = self.config.dataset.image_size
-            self.shape, there = (self.config.dataset.channels, size, size), 50_000
-        else:
-            self.shape, there = self.pictures.shape, len(self.pictures)
-            if given:
-                raise ValueError(f"--{next(iter(given))} is of a model, and {source} is pictures")
-            if (asked.num_images or 0) > there:
-                raise ValueError(f"--num-images {asked.num_images}: {source} has {there}")
-            self.recipe["digest"] = self.pictures.fingerprint()
-        self.count = asked.num_images or there
-        self.rows = spread(self.count, there)  # of pictures that are there
-        self.recipe["pictures"] = self.count
-        if self.ddpm:
-            self.recipe["seeds"] = [asked.seed, asked.seed + self.count - 1]
+            self.recipe |= {k: v for k, v in self.drawing.items() if k != "checkpoint"}
+            self.shape, there = self.model.shape, 50_000
+        if self.images:
+            self.shape, there = self.images.shape, len(self.images)
+            for key in options.sampling:
+                raise ValueError(f"--{key} is of a model, and {source} is images")
+            if (options.num_images or 0) > there:
+                raise ValueError(f"--num-images {options.num_images}: {source} has {there}")
+            self.recipe["digest"] = self.images.fingerprint()
+        self.count = options.num_images or there
+        self.rows = spread(self.count, there)
+        self.recipe["images"] = self.count
+        if self.model:
+            self.recipe["seeds"] = [options.seed, options.seed + self.count - 1]
 
     # ---- what is wanted, and what that needs
 
     def _choose_metrics(self) -> None:
-        wanted = parse_metrics(self.asked.metrics)
-        why_not = {}
-        self.extractor = self.tally = self.reference = None
-        if self.ddpm is None:
-            why_not["nll"] = "only a model has a likelihood"
+        wanted = parse_metrics(self.options.metrics)
+        why_not = {} if self.model else {"nll": "only a model has a likelihood"}
         if wanted & {"fid", "kid", "pr"}:
             why_not |= self._open_reference()
         if wanted & FEATURES:
-            keep = bool({"kid", "pr"} & (wanted - why_not.keys()))
+            keep = {"kid", "pr"} & (wanted - why_not.keys())
             why_not |= self._load_extractor(self.count if keep else 0)
-        self.metrics = tuple(m for m in METRICS if m in wanted and m not in why_not)
+        self.metrics = [m for m in METRICS if m in wanted and m not in why_not]
         for metric in [m for m in METRICS if m in wanted and m in why_not]:
-            if self.asked.metrics:
+            if self.options.metrics:
                 raise ValueError(f"--metrics {metric}: {why_not[metric]}")
             self.say(f"without {METRICS[metric]}: {why_not[metric]}")
         if not self.metrics:
-            raise ValueError(f"nothing of {self.asked.source} can be measured")
-        self.recipe["metrics"] = list(self.metrics)
-        if not FEATURES & set(self.metrics):
+            raise ValueError(f"nothing of {self.options.source} can be measured")
+        self.recipe["metrics"] = self.metrics
+        if not FEATURES & set(self.metrics):  # nothing is sampled
             self.tally = None
-            sampled = "pictures", "seeds", "precision", *SAMPLING
-            for key in sampled:
-                self.recipe.pop(key, None)  # nothing is sampled
+            for key in ("images", "seeds", "precision", *SamplingConfig.model_fields):
+                self.recipe.pop(key, None)
         if "nll" in self.metrics:
-            self._prepare_nll()
+            self._prepare_likelihood()
 
     def _open_reference(self) -> dict[str, str]:
-        """Opens it, or says what cannot be without one."""
-        name, path = self.asked.reference, Path(self.asked.reference)
+        """Open it; return {metric: why it cannot be} of those that it does not allow."""
+        name, path = self.options.reference, Path(self.options.reference)
         if name in ("train", "validation"):
             if self.config is None:
-                return dict.fromkeys(
-                    ("fid", "kid", "pr"),
-                    f"{self.asked.source} has no dataset: say --reference FOLDER, CONFIG or "
-                    "FILE.npz",
-                )
-            self.reference = self.data[name]
+                lacks = f"{self.options.source} has no dataset: say --reference"
+                return dict.fromkeys(("fid", "kid", "pr"), f"{lacks} FOLDER, CONFIG or FILE.npz")
+            real = self.reference = self.data[name]
         elif path.suffix == ".npz":
-            self.reference = load_statistics(path)
+            real = self.reference = load_statistics(path)
         elif path.suffix in (".yml", ".yaml"):
-            self.reference = load_data(load_config(path))["train"]
+            real = self.reference = load_data(load_config(path))["train"]
         else:
             fit = None if self.config is None else (self.shape[0], self.shape[1])
-            self.reference = Files(path, fit)
-        self.recipe["reference"] = {"name": name}
-        of_numbers = isinstance(self.reference, Statistics)
-        there = self.reference.count if of_numbers else len(self.reference)
-        few = min(self.count, there or self.count)
-        too_few = {
-            m: f"{few} pictures are too few for it, {least} are needed"
-            for m, least in {"fid": 2, "kid": 2, "pr": 4}.items()
+            real = self.reference = FolderImages(path, fit)
+        if not isinstance(real, Statistics):
+            if not len(real):
+                raise ValueError(f"--reference {name}: the dataset has no validation images")
+            if real.shape[1:] != self.shape[1:]:
+                raise ValueError(
+                    f"--reference {name} is {sides(real.shape)}, and what is measured is "
+                    f"{sides(self.shape)}: bring them to one size"
+                )
+        statistics = isinstance(real, Statistics)
+        digest = real.digest() if statistics else real.fingerprint()
+        self.recipe["reference"] = {"name": name, "digest": digest}
+        few = min(self.count, (real.count if statistics else len(real)) or self.count)
+        why_not = {
+            metric: f"{few} images are too few for it, {least} are needed"
+            for metric, least in {"fid": 2, "kid": 2, "pr": 4}.items()
             if few < least
         }
-        if of_numbers:
-            self.recipe["reference"]["digest"] = self.reference.digest()
-            if self.reference.features is None:
-                return too_few | dict.fromkeys(("kid", "pr"), f"{name} holds no features")
-        elif not len(self.reference):
-            raise ValueError(f"--reference {name}: the dataset holds nothing out")
-        elif self.reference.shape[1:] != self.shape[1:]:
-            raise ValueError(
-                f"--reference {name} is {sides(self.reference.shape)}, and what is measured is "
-                f"{sides(self.shape)}: bring them to one size"
-            )
-        else:
-            self.recipe["reference"]["digest"] = self.reference.fingerprint()
-        return too_few
+        if statistics and real.features is None:
+            why_not |= dict.fromkeys(("kid", "pr"), f"{name} holds no features")
+        return why_not
 
     def _load_extractor(self, keep: int) -> dict[str, str]:
-        self.extractor = load_extractor(self.asked.extractor, self.asked.extractor_weights)
-        self.tally = self.extractor.new_tally(self.count, self.shape, keep=keep)
-        if isinstance(self.reference, Statistics) and len(self.reference.mu) != len(self.tally.sum):
+        """Load it; return {metric: why it cannot be} of those that it does not allow."""
+        extractor = load_extractor(self.options.extractor, self.options.extractor_weights)
+        tally = Tally.of(extractor, self.count, self.shape, keep=keep)
+        real = self.reference
+        if isinstance(real, Statistics) and len(real.mu) != len(tally.sum):
             raise ValueError(
-                f"--reference {self.asked.reference} is of {len(self.reference.mu)} features, and "
-                f"{self.extractor.name} makes {len(self.tally.sum)}: another extractor made it"
+                f"--reference {self.options.reference} is of {len(real.mu)} features, and "
+                f"{extractor.name} makes {len(tally.sum)}: another extractor made it"
             )
-        self.recipe["extractor"] = {"name": self.extractor.name, "sha256": self.extractor.digest}
-        if self.tally.classes:
-            return {}
-        return {"is": f"extractor {self.extractor.name} tells no classes"}
+        self.extractor, self.tally = extractor, tally
+        self.recipe["extractor"] = {"name": extractor.name, "sha256": extractor.digest}
+        return {} if tally.classes else {"is": f"extractor {extractor.name} tells no classes"}
 
-    def _prepare_nll(self) -> None:
-        stride, T = self.asked.stride, self.ddpm.diffusion.timesteps
+    def _prepare_likelihood(self) -> None:
+        assert self.model
+        stride, T = self.options.stride, self.model.diffusion.timesteps
         if stride >= T - 1 > 0:
             raise ValueError(f"--stride {stride} leaves none of T = {T} but the first")
         there = len(self.data[self.split])
-        if (self.asked.nll_images or 0) > there:
-            raise ValueError(f"--nll-images {self.asked.nll_images}: {self.split} has {there}")
-        self.nll_rows = spread(self.asked.nll_images or there, there)
+        if (self.options.nll_images or 0) > there:
+            raise ValueError(f"--nll-images {self.options.nll_images}: {self.split} has {there}")
+        self.nll_rows = spread(self.options.nll_images or there, there)
         self.recipe["nll"] = {
-            "split": self.split, "pictures": len(self.nll_rows), "stride": stride,
-            "variance": self.config.sampling.variance, "first seed": self.asked.seed,
+            "split": self.split, "images": len(self.nll_rows), "stride": stride,
+            "variance": self.model.config.sampling.variance, "first seed": self.options.seed,
         }  # fmt: skip
 
-    # ---- the paper's
+    # ---- beside the paper
 
     def papers(self) -> dict[str, str]:
-        """{metric: the paper's number} for this dataset."""
+        """Return {metric: the paper's number} for this dataset."""
         if self.config is None:
             return {}
         dataset = self.config.dataset
@@ -213,51 +244,44 @@ class Protocol:
         return numbers
 
     def departures(self) -> list[str]:
-        """Where this is not how the paper measures, in words."""
+        """Return where this is not how the paper measures, in words."""
         found = []
-        if FEATURES & set(self.metrics):
+        if self.tally and self.extractor:
             if self.count != 50_000:
-                found.append(f"{self.count:,} pictures, not 50,000")
+                found.append(f"{self.count:,} images, not 50,000")
             if not self.extractor.is_literature:
-                found.append(
-                    f"features of {self.extractor.name}, not of the literature's Inception"
-                )
-            if self.reference is not None and self.asked.reference != "train":
-                found.append(f"against {self.asked.reference}, not the training set")
-        if self.ddpm is None:
+                name = self.extractor.name
+                found.append(f"features of {name}, not of the literature's Inception")
+            if self.reference is not None and self.options.reference != "train":
+                found.append(f"against {self.options.reference}, not the training set")
+        if self.model is None:
             return found
-        recipe, T = self.recipe, self.ddpm.diffusion.timesteps
-        if FEATURES & set(self.metrics) and (recipe["sampler"], recipe["timesteps"]) != ("ddpm", T):
-            found.append(f"{recipe['sampler']} of {recipe['timesteps']} steps, not ddpm of {T:,}")
-        if recipe["weights"] != "ema":
-            found.append("raw weights, not their average")
+        sampler, T = (self.drawing["sampler"], len(self.steps)), self.model.diffusion.timesteps
+        if self.tally and sampler != ("ddpm", T):
+            found.append(f"{sampler[0]} of {sampler[1]} steps, not ddpm of {T:,}")
+        if self.model.weights != "ema":
+            found.append("raw weights, not the EMA")
         return found
 
 
 def parse_metrics(text: str | None) -> set[str]:
-    """'fid,is' -> {'fid', 'is'}; all of them where nothing is said."""
+    """Return the metrics of 'fid,is'; all of them where nothing is said."""
     chosen = {part.strip() for part in text.split(",")} if text is not None else set(METRICS)
     for metric in sorted(chosen - set(METRICS)):
         raise ValueError(f"--metrics {metric!r} is unknown{did_you_mean(metric, METRICS)}")
     return chosen
 
 
-def holds_pictures(path: Path) -> bool:
-    """Whether a path is a folder, zip or tar of pictures, and not a run's or a model's."""
+def holds_images(path: Path) -> bool:
+    """Tell whether a path is a folder, zip or tar of images, and not a run's or a model's."""
     if not path.is_dir():
         return path.suffix in (".zip", ".tar")
     marks = "checkpoints", "config.yml", "config.json", "model_index.json", "unet"
     return not any((path / mark).exists() for mark in marks)
 
 
-def load_data(config: Config) -> dict[str, Pictures]:
-    data = Data(config)
-    if is_main_process():
-        data.prepare_data()
-    data.setup()
-    return data.pictures
-
-
-def spread(count: int, total: int) -> list[int]:
-    """`count` of range(total), evenly spaced."""
-    return np.linspace(0, total - 1, count).round().astype(int).tolist()
+def load_data(config: Config) -> dict[str, Images]:
+    """Return a config's images by split; what must be decoded is shown by the main process."""
+    if rank_zero_only.rank == 0:
+        open_images(config, partial(track, description="Decoding images", transient=True))
+    return open_images(config)

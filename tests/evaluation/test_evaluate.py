@@ -13,20 +13,22 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from helpers import PROJECT, assert_same, start, tiny, train
 from PIL import Image
-from processes import PROJECT, start
+from rich.console import Console
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import assert_same, train
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from typer.testing import CliRunner
 
 import evaluate
-from data import Data
-from likelihood import bits_per_dim
-from metrics import INCEPTION
-from pl_utils import load_ddpm
+from evaluation import bits_per_dim
+from evaluation.callback import Evaluation
+from evaluation.extractor import INCEPTION
+from generation import make_denoiser
+from training.datamodule import open_images
+from weights import load_model
 
 
 class Net(nn.Module):
@@ -39,8 +41,8 @@ class Net(nn.Module):
             self.conv = nn.Conv2d(3, 12, 3, stride=2)
             self.fc = nn.Linear(12, 5)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.conv(pictures.float() / 127.5 - 1).relu().mean(dim=(2, 3))
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.conv(images.float() / 127.5 - 1).relu().mean(dim=(2, 3))
         return features, 9 * self.fc(features)
 
 
@@ -58,8 +60,8 @@ class Registered(FeatureExtractorBase):
     def get_default_feature_layer_for_metric(metric):
         return "logits" if metric == "isc" else "features"
 
-    def forward(self, pictures):
-        found = dict(zip(("features", "logits"), self.net(pictures), strict=True))
+    def forward(self, images):
+        found = dict(zip(("features", "logits"), self.net(images), strict=True))
         exact = self.name == "test-net-64"
         return tuple(found[k].double() if exact else found[k] for k in self.features_list)
 
@@ -151,7 +153,7 @@ def test_a_run_is_measured_whole(place, run):
     line = "run --extractor net.pt --num-images 21 --timesteps 5 --nll-images 9"
     output, facts = run(f"{line} --batch-size 8")
     assert "it will take about" in output
-    assert "3 batches of 8 pictures x 5 steps, 23 calls for the likelihood" in output  # 9 x 20 / 8
+    assert "3 batches of 8 images x 5 steps, 23 calls for the likelihood" in output  # 9 x 20 / 8
     names = ["FID-21", "IS-21", "KID", "precision-21", "recall-21", "NLL", "rate", "distortion"]
     assert list(facts["scores"]) == [*names, "prior"]
     recipe = facts["recipe"]
@@ -159,21 +161,21 @@ def test_a_run_is_measured_whole(place, run):
     assert recipe["seeds"] == [0, 20]
     assert recipe["step"] == 6
     assert len(recipe["extractor"]["sha256"]) == 64
-    assert facts["reference"]["pictures"] == 1617
-    assert "21 pictures, not 50,000" in facts["not as in the paper"]
-    # other batches, and pictures kept
+    assert facts["reference"]["images"] == 1617
+    assert "21 images, not 50,000" in facts["not as in the paper"]
+    # other batches, and images kept
     line = "run --extractor net.pt --num-images 21 --timesteps 5 --metrics fid,is --batch-size 5"
     few = values(run(f"{line} --save-images --output kept")[1])
     assert few == pytest.approx({k: values(facts)[k] for k in ("FID-21", "IS-21")}, rel=1e-5)
-    pictures = sorted(Path("kept/images").glob("*.png"))
-    assert len(pictures) == 21
+    images = sorted(Path("kept/images").glob("*.png"))
+    assert len(images) == 21
     # a stopped one makes what is missing
-    pictures[3].unlink()
-    times = {path: path.stat().st_mtime_ns for path in pictures if path.exists()}
+    images[3].unlink()
+    times = {path: path.stat().st_mtime_ns for path in images if path.exists()}
     again = run(f"{line} --save-images --output kept")[1]
     assert values(again) == pytest.approx(few, rel=1e-6)
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    assert pictures[3].exists()
+    assert images[3].exists()
     # the folder measures as the run did
     line_of_folder = "kept/images --reference configs/smoke.yml --extractor net.pt"
     assert values(run(f"{line_of_folder} --metrics fid,is")[1]) == pytest.approx(few, rel=1e-6)
@@ -184,12 +186,12 @@ def test_a_run_is_measured_whole(place, run):
 
 def test_likelihood_of_a_split(run):
     facts = run("run --metrics nll --nll-images 9 --seed 5 --output some")[1]
-    ddpm = load_ddpm("run")
-    data = Data(ddpm.config)
-    data.setup()
+    model = load_model("run")
     rows = np.linspace(0, 179, 9).round().astype(int).tolist()
-    pictures = data.pictures["validation"][rows]
-    wanted = bits_per_dim(ddpm, pictures, list(range(5, 14)), batch_size=9)
+    images = open_images(model.config)["validation"][rows].images
+    denoiser, seeds = make_denoiser(model.network, model.diffusion), list(range(5, 14))
+    options = dict(variance="large", batch_size=9)
+    wanted = bits_per_dim(denoiser, model.diffusion, images, seeds, **options)
     found = np.load("some/nll.npz")
     assert found["rows"].tolist() == rows
     np.testing.assert_allclose(found["bits"], wanted.bits, rtol=1e-4)
@@ -200,14 +202,14 @@ def test_likelihood_of_a_split(run):
     parts = values(facts)
     assert parts["rate"] + parts["distortion"] == pytest.approx(parts["NLL"])
     assert facts["recipe"]["nll"]["split"] == "validation"
-    assert not {"pictures", "seeds", "sampler"} & facts["recipe"].keys()  # nothing was sampled
+    assert not {"images", "seeds", "sampler"} & facts["recipe"].keys()  # nothing was sampled
     line = "run --metrics nll --split train --nll-images 3 --stride 3"
     assert list(values(run(line)[1])) == [
         "nll-estimate (stride 3)", "rate-estimate (stride 3)", "distortion", "prior"
     ]  # fmt: skip
 
 
-def test_a_config_is_measured_by_what_it_holds_out(run):
+def test_a_config_is_measured_by_its_validation_images(run):
     _, facts = run("configs/smoke.yml --extractor net.pt --metrics fid,is")
     assert list(facts["scores"]) == ["FID-180", "IS-180"]
     assert facts["scores"]["FID-180"]["value"] < 0.1
@@ -240,7 +242,7 @@ def test_references(place, run):
         ("low --metrics nll", "only a model has a likelihood"),
         ("low --reference nowhere", "nowhere"),
         ("low --reference big", "big is 9x8, and what is measured is 8x8"),
-        ("mixed", "b.png in mixed is 9x8 and the first picture is 8x8"),
+        ("mixed", "b.png in mixed is 9x8 and the first image is 8x8"),
         ("low --timesteps 3", "--timesteps is of a model"),
         ("low --num-images 301", "low has 300"),
         ("run --timesteps 99", "timesteps 99"),
@@ -249,8 +251,8 @@ def test_references(place, run):
         ("run --nll-images 181 --metrics nll", "validation has 180"),
         ("run --device tpu", "--device tpu"),
         ("run --devices 0", "--devices"),
-        ("run --num-images 3 --metrics pr", "3 pictures are too few for it, 4 are needed"),
-        ("low --metrics fid --reference single", "1 pictures are too few for it, 2 are needed"),
+        ("run --num-images 3 --metrics pr", "3 images are too few for it, 4 are needed"),
+        ("low --metrics fid --reference single", "1 images are too few for it, 2 are needed"),
         ("low --reference narrow.npz", "another extractor made it"),
         ("low --reference odd.npz", "holds no statistics"),
         ("low --metrics is --output foreign", "metrics.json is not of this command"),
@@ -277,15 +279,12 @@ def test_mistakes_end_in_one_message(place, run, line, says):
 
 def test_evaluation_while_training_leaves_no_trace(place, tmp_path):
     one = train(tmp_path / "one")
-    extractor = f"training.extractor={place / 'net.pt'}"
-    cache = f"dataset.cache={tmp_path / 'cache'}"
-    other = train(
-        tmp_path / "two",
-        cache,
-        extractor,
-        "training.evaluate_every=3",
-        "training.evaluate_images=9",
-    )
+    overrides = [
+        f"dataset.cache={tmp_path / 'cache'}", f"evaluation.extractor={place / 'net.pt'}",
+        "evaluation.evaluate_every=3", "evaluation.evaluate_images=9",
+    ]  # fmt: skip
+    evaluation = Evaluation(tiny(*overrides), Console(quiet=True))
+    other = train(tmp_path / "two", *overrides, callbacks=[evaluation])
     assert_same(dict(one[0].state_dict()), dict(other[0].state_dict()))
     assert_same(one[1], other[1])
     events = EventAccumulator(str(tmp_path / "two"))
@@ -321,12 +320,13 @@ def test_two_processes_are_one(place):
 @pytest.mark.slow
 def test_two_processes_evaluate_while_training_as_one(place):
     line = (
-        "configs/smoke.yml training.accelerator=cpu training.max_steps=3 model.dropout=0.0 "
-        f"training.evaluate_every=3 training.evaluate_images=9 'training.extractor={place}/net.pt'"
+        "configs/smoke.yml hardware.accelerator=cpu training.max_steps=3 model.dropout=0.0 "
+        "evaluation.evaluate_every=3 evaluation.evaluate_images=9 "
+        f"'evaluation.extractor={place}/net.pt'"
     )
     for devices in ("1", "2"):
         command = [sys.executable, PROJECT / "train.py", *shlex.split(line)]
-        command += [f"training.devices={devices}", "--run-name", f"on-{devices}"]
+        command += [f"hardware.devices={devices}", "--run-name", f"on-{devices}"]
         with start(command, place) as process:
             process.finish(timeout=300)
     one, two = (last_values(place / "lightning_logs" / f"on-{n}") for n in (1, 2))

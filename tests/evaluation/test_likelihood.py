@@ -1,44 +1,50 @@
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_diffusion import process
+from helpers import process, tiny
 
-from config import load_config
-from diffusion_utils import log_discretised_gaussian
-from likelihood import bits_per_dim
-from pl_utils import DDPM, SeedNoise
+from evaluation.likelihood import (
+    bits_per_dim,
+    log_discretised_gaussian,
+    model_variance,
+    posterior,
+    prior_term,
+)
+from generation import SeedNoise, make_denoiser
+from model import build_network
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 
 
-def model(eps_model, diffusion, variance="large"):
-    """What `bits_per_dim` needs of a DDPM, around a function (x_t, t [B, 1, 1, 1]) -> eps."""
+def denoiser_of(eps_model, diffusion):
+    """Return the denoiser of a function (x_t float64, alpha_bar [B, 1, 1, 1]) -> eps_hat."""
 
-    class Model:
-        device = torch.device("cpu")
-        config = SimpleNamespace(sampling=SimpleNamespace(variance=variance))
+    def denoise(x, t):
+        eps = eps_model(x.float().double(), diffusion.alpha_bar(t).view(-1, 1, 1, 1))
+        return diffusion.predict_x_0(x, t, eps.float().double()).clamp(-1, 1)
 
-        def __call__(self, x, t):
-            return eps_model(x.double(), diffusion.alpha_bar(t).view(-1, 1, 1, 1)).float()
-
-    Model.diffusion = diffusion
-    return Model()
+    return denoise
 
 
-def small_ddpm(T=1000, schedule="linear", variance="large"):
-    """A small network with weights that matter, untrained."""
-    overrides = [f"diffusion.timesteps={T}", f"diffusion.beta_schedule={schedule}"]
-    overrides += [f"sampling.variance={variance}", "training.precision=32-true"]
-    ddpm = DDPM(load_config("configs/smoke.yml", overrides)).eval()
+def small(T=1000, schedule="linear"):
+    """Return a denoiser with weights that matter, untrained, its process and its network."""
+    network = build_network(tiny()).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    for parameter in ddpm.ema.parameters():
+    for parameter in network.parameters():
         if parameter.ndim > 1:
             std = parameter[0].numel() ** -0.5
-            parameter.data = std * torch.randn(parameter.shape, generator=generator)
-    return ddpm
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    diffusion = process(schedule, T)
+    return make_denoiser(network, diffusion), diffusion, network
+
+
+def bound_of(small, x_0, seeds, **options):
+    denoiser, diffusion, *_ = small
+    return bits_per_dim(
+        denoiser, diffusion, x_0, seeds, **{"variance": "large", "batch_size": 64, **options}
+    )
 
 
 def pixels(*shape, seed=0):
@@ -72,29 +78,31 @@ def test_the_floor():
 def test_the_decoder_borrows_the_variance_of_t_1():
     d = process()
     for variance in ("large", "small"):
-        assert math.log(d.model_variance(0, variance)) == pytest.approx(
+        assert math.log(model_variance(d, 0, variance)) == pytest.approx(
             -9.81672513529567, rel=1e-12
         )
-        assert math.sqrt(d.model_variance(0, variance)) == pytest.approx(0.00738457, rel=1e-6)
-    assert d.model_variance(1, "small") == pytest.approx(5.4531876613e-05, rel=1e-10)
-    assert math.log(d.model_variance(1, "large")) == pytest.approx(-9.02868637194934, rel=1e-12)
-    assert d.model_variance(999, "large") == 0.02
+        assert math.sqrt(model_variance(d, 0, variance)) == pytest.approx(0.00738457, rel=1e-6)
+    assert model_variance(d, 1, "small") == pytest.approx(5.4531876613e-05, rel=1e-10)
+    assert math.log(model_variance(d, 1, "large")) == pytest.approx(-9.02868637194934, rel=1e-12)
+    assert model_variance(d, 999, "large") == 0.02
 
 
 def test_the_posterior():
     d = process()
-    c_t, c_0, variance = d.posterior(0)
+    c_t, c_0, variance = posterior(d, 0)
     assert (c_t, variance) == (0, 0)
     assert c_0 == pytest.approx(1, abs=1e-11)
-    assert d.posterior(1) == pytest.approx((0.4547084990, 0.5452914995, 5.4531876613e-05), rel=1e-9)
+    assert posterior(d, 1) == pytest.approx(
+        (0.4547084990, 0.5452914995, 5.4531876613e-05), rel=1e-9
+    )
     expected = 0.9899486783, 1.2835148717e-4, 0.01999998352656
-    assert d.posterior(999) == pytest.approx(expected, rel=1e-9)
+    assert posterior(d, 999) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_prior():
     d = process()
     x_0 = torch.tensor([1 / 3, 0.0, 1.0], dtype=torch.float64).sqrt()
-    bits = d.prior_term(x_0[:, None, None, None].expand(3, 1, 2, 2), 999).tolist()
+    bits = prior_term(d, x_0[:, None, None, None].expand(3, 1, 2, 2), 999).tolist()
     assert bits[0] == pytest.approx(9.7e-6, rel=5e-3)
     assert bits[1] == pytest.approx(5.9e-10, rel=5e-3)
     assert bits[2] == pytest.approx(2.91e-5, rel=5e-3)
@@ -107,16 +115,16 @@ def test_the_prior():
 def test_a_perfect_model_pays_only_for_its_variance(variance):
     d = process()
     x_0 = pixels(1, 1, 4, 4).clamp(1, 254)  # the open bins aside
-    picture = x_0.double() / 127.5 - 1
-    perfect = model(lambda x, a: (x - a.sqrt() * picture) / (1 - a).sqrt(), d, variance)
-    bound = bits_per_dim(perfect, x_0, [0], batch_size=100)
+    image = x_0.double() / 127.5 - 1
+    perfect = denoiser_of(lambda x, a: (x - a.sqrt() * image) / (1 - a).sqrt(), d)
+    bound = bits_per_dim(perfect, d, x_0, [0], variance=variance, batch_size=100)
     assert bound.t.tolist() == list(range(1000))
     assert bound.mse.max() < 1e-9
     rate = bound.bits[0, 1:]
     if variance == "large":
         assert rate.sum().item() == pytest.approx(0.4864, abs=5e-5)
         assert rate[0].item() == pytest.approx(0.175, abs=5e-4)
-        beta, beta_tilde = d.betas[1:], np.array([d.posterior(t)[2] for t in range(1, 1000)])
+        beta, beta_tilde = d.betas[1:], np.array([posterior(d, t)[2] for t in range(1, 1000)])
         theory = 0.5 * (beta_tilde / beta - 1 - np.log(beta_tilde / beta)) / math.log(2)
         np.testing.assert_allclose(rate, theory, rtol=1e-5, atol=1e-9)
     else:
@@ -140,7 +148,8 @@ def test_gaussian_data(variance):
         x0_hat = a.sqrt() * v / (a * v + 1 - a) * x
         return (x - a.sqrt() * x0_hat) / (1 - a).sqrt()
 
-    bound = bits_per_dim(model(eps_model, d, variance), x_0, [1], batch_size=1)
+    denoiser = denoiser_of(eps_model, d)
+    bound = bits_per_dim(denoiser, d, x_0, [1], variance=variance, batch_size=1)
     a = np.array([d.alpha_bar(t) for t in range(T)])
     gain = np.sqrt(a) * v / (a * v + 1 - a)
     mse = (1 - gain * np.sqrt(a)) ** 2 * m2 + gain**2 * (1 - a)
@@ -148,10 +157,10 @@ def test_gaussian_data(variance):
     assert bound.mse.mean().item() == pytest.approx(mse.mean(), rel=3e-3)
 
     # the true reverse step is Gaussian around p's mean, of variance v_true
-    c_0 = np.array([d.posterior(t)[1] for t in range(T)])
-    v_q = np.array([d.posterior(t)[2] for t in range(T)])
+    c_0 = np.array([posterior(d, t)[1] for t in range(T)])
+    v_q = np.array([posterior(d, t)[2] for t in range(T)])
     v_true = v_q + c_0**2 * v * (1 - a) / (a * v + 1 - a)
-    v_p = np.array([d.model_variance(t, variance) for t in range(T)])
+    v_p = np.array([model_variance(d, t, variance) for t in range(T)])
     excess = 0.5 * (v_true / v_p - 1 - np.log(v_true / v_p))[1:].sum()
     v_T = a[-1] * v + 1 - a[-1]
     excess = (excess + 0.5 * (v_T - 1 - math.log(v_T))) / math.log(2)  # chains start in N(0, 1)
@@ -171,12 +180,11 @@ def test_gaussian_data(variance):
 
 def test_every_term_is_the_literal_one():
     """1,000 steps, written out from the paper and in the official code's order."""
-    ddpm, x_0 = small_ddpm(), pixels(1, 1, 8, 8)
-    ours = {}
-    for variance in ("large", "small"):
-        sampling = ddpm.config.sampling.model_copy(update={"variance": variance})
-        ddpm.config = ddpm.config.model_copy(update={"sampling": sampling})
-        ours[variance] = bits_per_dim(ddpm, x_0, [7], batch_size=500)
+    model, x_0 = small(), pixels(1, 1, 8, 8)
+    ours = {
+        variance: bound_of(model, x_0, [7], batch_size=500, variance=variance)
+        for variance in ("large", "small")
+    }
 
     betas = np.linspace(1e-4, 0.02, 1000)
     alphas = 1 - betas
@@ -195,7 +203,7 @@ def test_every_term_is_the_literal_one():
     shape = 1000, 1, 1, 1
     chain = np.sqrt(bar).reshape(shape) * x + np.sqrt(1 - bar).reshape(shape) * eps
     with torch.inference_mode():
-        guess = ddpm.ema(torch.from_numpy(chain).float(), torch.arange(1000)).double().numpy()
+        guess = model[2](torch.from_numpy(chain).float(), torch.arange(1000)).double().numpy()
     for t in range(1000):
         x_t, eps_hat = chain[t], guess[t]
         x0_hat = np.sqrt(1 / bar[t]) * x_t - np.sqrt(1 / bar[t] - 1) * eps_hat
@@ -226,18 +234,18 @@ def test_every_term_is_the_literal_one():
 # ---- batches
 
 
-def test_a_picture_belongs_to_its_seed():
-    ddpm, x_0 = small_ddpm(T=30), pixels(5, 1, 8, 8)
-    whole = bits_per_dim(ddpm, x_0, [3, 4, 5, 6, 7], batch_size=64)
+def test_an_image_belongs_to_its_seed():
+    model, x_0 = small(T=30), pixels(5, 1, 8, 8)
+    whole = bound_of(model, x_0, [3, 4, 5, 6, 7], batch_size=64)
     assert whole.bits.shape == whole.mse.shape == (5, 30)
     for batch_size in (1, 2, 5):
-        other = bits_per_dim(ddpm, x_0, [3, 4, 5, 6, 7], batch_size=batch_size)
+        other = bound_of(model, x_0, [3, 4, 5, 6, 7], batch_size=batch_size)
         torch.testing.assert_close(other, whole, rtol=1e-4, atol=1e-5)
-    alone = bits_per_dim(ddpm, x_0[[4, 2]], [7, 5], batch_size=7)
+    alone = bound_of(model, x_0[[4, 2]], [7, 5], batch_size=7)
     torch.testing.assert_close(alone.bits, whole.bits[[4, 2]], rtol=1e-4, atol=1e-5)
-    other = bits_per_dim(ddpm, x_0[[4, 2]], [5, 7], batch_size=7)
+    other = bound_of(model, x_0[[4, 2]], [5, 7], batch_size=7)
     assert not torch.allclose(other.bits, whole.bits[[4, 2]], rtol=1e-2)
-    some = bits_per_dim(ddpm, x_0, [3, 4, 5, 6, 7], batch_size=8, stride=7)
+    some = bound_of(model, x_0, [3, 4, 5, 6, 7], batch_size=8, stride=7)
     assert some.t.tolist() == [0, 7, 14, 21, 28]
     torch.testing.assert_close(some.bits, whole.bits[:, ::7], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(some.prior, whole.prior)
@@ -251,12 +259,12 @@ def test_progress_counts_network_calls():
             seen.append(total)
             yield batch
 
-    bits_per_dim(small_ddpm(T=10), pixels(3, 1, 8, 8), [0, 1, 2], batch_size=2, progress=progress)
-    assert seen == [10 + 5] * 15  # two pictures a t at a time; then one picture, two t at a time
+    bound_of(small(T=10), pixels(3, 1, 8, 8), [0, 1, 2], batch_size=2, progress=progress)
+    assert seen == [10 + 5] * 15  # two images a t at a time; then one image, two t at a time
 
 
 def test_where_alpha_bar_ends_at_0_the_bound_starts_below():
-    bound = bits_per_dim(small_ddpm(T=20, schedule="jsd"), pixels(2, 1, 8, 8), [0, 1], batch_size=8)
+    bound = bound_of(small(T=20, schedule="jsd"), pixels(2, 1, 8, 8), [0, 1], batch_size=8)
     assert bound.t.tolist() == list(range(19))
     assert all(part.isfinite().all() for part in bound)
     assert bound.prior.min() > 1e-3  # alpha_bar is 1 / 20 there
@@ -273,4 +281,4 @@ def test_where_alpha_bar_ends_at_0_the_bound_starts_below():
 )
 def test_mistakes(T, x_0, seeds, stride, says):
     with pytest.raises(ValueError, match=says):
-        bits_per_dim(small_ddpm(T=T), x_0, seeds, batch_size=4, stride=stride)
+        bound_of(small(T=T), x_0, seeds, batch_size=4, stride=stride)

@@ -6,19 +6,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_checkpoints import Evil
+from helpers import Evil
 from torch import nn
 
-from evaluation import Ranks, likelihood_scores
-from likelihood import Bound
-from metrics import (
-    INCEPTION,
-    Extractor,
+from evaluation import Bound, Extractor, load_extractor
+from evaluation.distributed import Ranks
+from evaluation.extractor import INCEPTION
+from evaluation.likelihood import likelihood_scores
+from evaluation.metrics import (
     Statistics,
     Tally,
     frechet_distance,
     kernel_distance,
-    load_extractor,
     load_statistics,
     precision_recall,
     save_statistics,
@@ -120,7 +119,7 @@ def test_ranks_share_rows_evenly():
         found.rank, found.count = rank, 3
         return found
 
-    shares = [ranks(rank).share(list(range(22)), 4) for rank in range(3)]
+    shares = [ranks(rank).share(22, 4) for rank in range(3)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(row for share in shares for batch in share for row in batch) == list(range(22))
     assert max(len(batch) for share in shares for batch in share) == 4
@@ -162,7 +161,7 @@ class Mean(nn.Module):
         return x.float().mean(dim=(2, 3))
 
 
-def test_grey_is_repeated_and_alpha_dropped():
+def test_gray_is_repeated_and_alpha_dropped():
     extractor = Extractor(Mean(), "mean", "")
     pixels = torch.arange(5, dtype=torch.uint8)[None, :, None, None].expand(2, 5, 4, 4)
     for channels, wanted in ((1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (4, [0, 1, 2])):

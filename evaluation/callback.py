@@ -1,0 +1,74 @@
+"""FID, IS and KID of a few images while training."""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+
+from config import Config
+from evaluation.distributed import Ranks
+from evaluation.extractor import load_extractor
+from evaluation.metrics import Tally, compute
+from evaluation.reference import reference_statistics
+from generation import quick_steps
+from pl_utils import DDPM, quick_images
+from training import Checkpoints
+
+BATCH = 64  # images at a time
+
+
+class Evaluation(pl.Callback):
+    """Logs metrics of a few of the EMA's images, by a fast sampler, on all ranks.
+
+    Like previews it leaves no trace in training: seeds are fixed, and everything of the metrics
+    lives here. A signal ends it, and is obeyed after the step.
+    """
+
+    def __init__(self, config: Config, console: Console):
+        self.config, self.settings, self.console = config, config.evaluation, console
+        self.extractor = load_extractor(config.evaluation.extractor)
+
+    @torch.inference_mode()
+    def on_fit_start(self, trainer: pl.Trainer, _: pl.LightningModule) -> None:
+        self.ranks = Ranks(trainer)
+        self.extractor.to(self.ranks.device)
+        images = trainer.datamodule.images["train"]  # type: ignore[attr-defined]
+        self.shape = images.shape
+        self.console.print(f"evaluation: against {len(images):,} images, by {self.extractor}")
+        cache = Path(self.config.dataset.cache)
+        self.reference = reference_statistics(
+            images, self.extractor, self.ranks, cache, batch_size=BATCH
+        )
+
+    @torch.inference_mode()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, *_: object
+    ) -> None:
+        if trainer.global_step % self.settings.evaluate_every:
+            return
+        assert isinstance(module, DDPM)
+        count = self.settings.evaluate_images
+        tally = Tally.of(self.extractor, count, self.shape, keep=count)
+        signals = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
+        module.eval()
+        for batch in self.ranks.share(count, BATCH):
+            if signals.signalled():  # all ranks ask together
+                break
+            for seeds, images in quick_images(module, module.ema, batch):
+                tally.add(seeds, *self.extractor(images.to(self.ranks.device)))
+        else:
+            self.ranks.add_up(*tally.tensors())
+            if self.ranks.is_first:
+                self._log(trainer, tally, len(quick_steps(module.diffusion)))
+        module.train()
+
+    def _log(self, trainer: pl.Trainer, tally: Tally, steps: int) -> None:
+        wanted = ("fid", "is", "kid") if tally.classes else ("fid", "kid")
+        scores = compute(wanted, tally, self.reference)
+        found = {
+            f"evaluation/{name if '-' in name else f'{name}-{tally.count}'} dpm++ {steps}": s.value
+            for name, s in scores.items()
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(found, trainer.global_step)

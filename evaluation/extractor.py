@@ -1,0 +1,151 @@
+"""Feature extractors, loaded without running code: torch-fidelity's by name, or a TorchScript file.
+
+The default is the Inception network that published FIDs and Inception scores are computed with.
+"""
+
+import hashlib
+import os
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from model import exact_float32
+
+INCEPTION = "inception-v3-compat"  # the TF graph of 2015-12-05 that FID and IS are defined with
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+class Extractor(nn.Module):
+    """uint8 [B, C, H, W] -> features [B, D] and, where it tells classes, logits [B, K] or None.
+
+    Gray is repeated to three channels, alpha is dropped. It runs in float32 throughout.
+
+    Args:
+        net: uint8 [B, 3, H, W] -> features, or a tuple of features and logits.
+        name, digest: written beside every number; the digest is the weights' SHA-256.
+    """
+
+    def __init__(self, net: nn.Module, name: str, digest: str):
+        super().__init__()
+        self.net, self.name, self.digest = net.eval(), name, digest
+
+    @property
+    def is_literature(self) -> bool:
+        """Whether these are the weights that published FIDs and ISs are computed with."""
+        return self.name == INCEPTION and self.digest == INCEPTION_SHA256
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        images = images[:, :1].expand(-1, 3, -1, -1) if images.shape[1] < 3 else images
+        with exact_float32():
+            out = self.net(images[:, :3].contiguous())
+        features, logits = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+        if isinstance(features, tuple):
+            (features,) = features
+        if features.ndim != 2 or len(features) != len(images):
+            raise ValueError(
+                f"extractor {self.name}: features are {list(features.shape)} for {len(images)} "
+                "images; they must be [B, D]"
+            )
+        return features, logits
+
+    def __str__(self) -> str:
+        return f"{self.name} (sha256 {self.digest[:16]})"
+
+
+def load_extractor(name: str = INCEPTION, weights: Path | None = None) -> Extractor:
+    """Load an extractor that torch-fidelity has registered, or a TorchScript file, on the CPU.
+
+    Inception's weights are downloaded where the network allows, and checked against their digest.
+
+    Args:
+        weights: a file in torch-fidelity's own format, instead of what it would download.
+
+    Raises:
+        ValueError: an unknown name, no torch-fidelity, or a file that does not hold weights.
+        FileNotFoundError: a file is missing and cannot be downloaded.
+    """
+    try:
+        import torch_fidelity.registry as registry
+    except ImportError:
+        raise ValueError(
+            "FID, IS, KID and precision/recall are torch-fidelity's: pip install torch-fidelity"
+        ) from None
+    if name not in registry.FEATURE_EXTRACTORS_REGISTRY:
+        if weights:
+            raise ValueError(f"extractor {name!r} is a file and holds its own weights")
+        return _load_torchscript(Path(name), registry)
+    if name.startswith("dinov2"):
+        raise ValueError(
+            f"extractor {name} downloads code and runs it when it is loaded, which is refused; "
+            "save it as TorchScript, and give that file"
+        )
+    if weights and not weights.is_file():
+        raise FileNotFoundError(f"no extractor weights at {weights}")
+    if name == INCEPTION and not weights:
+        weights = _download_inception()
+    from torch_fidelity.utils import create_feature_extractor
+
+    kind = registry.FEATURE_EXTRACTORS_REGISTRY[name]
+    features, logits = (kind.get_default_feature_layer_for_metric(m) for m in ("fid", "isc"))
+    layers = [features] if features == logits else [features, logits]  # one layer: no classes
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # the library would unpickle anything
+    try:
+        net = create_feature_extractor(
+            name, layers, cuda=False, verbose=False,
+            feature_extractor_weights_path=str(weights) if weights else None,
+        )  # fmt: skip
+    except OSError as error:
+        raise FileNotFoundError(f"extractor {name} cannot be downloaded ({error})") from None
+    except Exception as error:  # a file that holds no weights can raise anything
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{weights or name} does not hold weights of {name}: {reason}") from None
+    return Extractor(net, name, _file_digest(weights) if weights else _state_digest(net))
+
+
+def _load_torchscript(path: Path, registry: ModuleType) -> Extractor:
+    if not path.is_file():
+        names = ", ".join(n for n in registry.FEATURE_EXTRACTORS_REGISTRY if "dino" not in n)
+        raise ValueError(f"extractor {str(path)!r} is no TorchScript file, nor one of: {names}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TorchScript is old
+            net = torch.jit.load(path, map_location="cpu")  # builds no Python objects
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is not a TorchScript file: {reason}") from None
+    return Extractor(net, path.name, _file_digest(path))
+
+
+def _download_inception() -> Path:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
+
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"Inception's weights cannot be downloaded ({error}); bring {url} here and name "
+                f"it by --extractor-weights, or put it at {path}"
+            ) from None
+    return path
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _state_digest(net: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
