@@ -6,7 +6,7 @@ layers otherwise. What our network or process cannot represent is refused by key
 
 import json
 import re
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from torch import Tensor
@@ -125,26 +125,48 @@ _BETAS = {"linear": "linear", "scaled_linear": "quad", "squaredcos_cap_v2": "cos
 _VARIANCES = {f"fixed_{v}{log}": v for v in ("small", "large") for log in ("", "_log")}
 
 
-def _unet_of(
-    size: int, channels: int, widths: list[int], attends: list[bool], blocks: int, dropout: float
-) -> dict[str, Any]:
-    """Return the config.json of our network; one entry of `widths` and `attends` for each level."""
-    return _UNET_ABSENT | {
-        "freq_shift": 1,
-        "flip_sin_to_cos": False,
-        "downsample_padding": 0,
-        "norm_eps": 1e-6,
-        "sample_size": size,
-        "in_channels": channels,
-        "out_channels": channels,
-        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "block_out_channels": widths,
-        "layers_per_block": blocks,
-        "attention_head_dim": None,
-        "norm_num_groups": group_count(widths[0]),
-        "dropout": dropout,
-    }
+class _Layout(NamedTuple):
+    """A network's facts between the notations; `multipliers`, `attends` have one entry a level."""
+
+    size: int
+    channels: int
+    base: int
+    multipliers: list[int]
+    attends: list[bool]
+    blocks: int
+    dropout: float
+
+    def unet(self) -> dict[str, Any]:
+        """Return diffusers' config.json."""
+        attends = self.attends
+        return _UNET_ABSENT | {
+            "_diffusers_version": "0.30.0",
+            "freq_shift": 1,
+            "flip_sin_to_cos": False,
+            "downsample_padding": 0,
+            "norm_eps": 1e-6,
+            "sample_size": self.size,
+            "in_channels": self.channels,
+            "out_channels": self.channels,
+            "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+            "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+            "block_out_channels": [self.base * multiplier for multiplier in self.multipliers],
+            "layers_per_block": self.blocks,
+            "attention_head_dim": None,
+            "norm_num_groups": group_count(self.base),
+            "dropout": self.dropout,
+        }
+
+    def sections(self) -> dict[str, dict]:
+        """Return our config's sections dataset and model."""
+        model = {
+            "base_channels": self.base,
+            "channel_multipliers": self.multipliers,
+            "num_res_blocks": self.blocks,
+            "attention_resolutions": [self.size // 2**i for i, a in enumerate(self.attends) if a],
+            "dropout": float(self.dropout),
+        }
+        return {"dataset": {"image_size": self.size, "channels": self.channels}, "model": model}
 
 
 def tree_of_diffusers(unet: dict, scheduler: dict | None) -> tuple[dict, list[str]]:
@@ -164,17 +186,18 @@ def tree_of_diffusers(unet: dict, scheduler: dict | None) -> tuple[dict, list[st
     attention_widths = {w for w, a in zip(widths, attends, strict=True) if a} | {*widths[-1:]}
     if attention_widths == {there["attention_head_dim"]}:
         there["attention_head_dim"] = None
-    needed = _unet_of(
+    layout = _Layout(
         size if isinstance(size, int) else 0,
         there["in_channels"],
-        [width // base * base for width in widths] or [base],
+        base,
+        [width // base for width in widths] or [1],
         attends,
         there["layers_per_block"],
         there["dropout"],
     )
-    faults = {}
+    faults, needed = {}, layout.unet()
     for key, value in there.items():
-        if value != needed.get(key) and (key in needed or key[:1] != "_"):
+        if value != needed.get(key) and (key[:1] != "_" or key == "_class_name"):
             how = "is" if key in unet else "is absent, which diffusers reads as"
             rule = json.dumps(needed[key]) if key in needed else "its absence"
             faults[key] = f"unet.{key} {how} {json.dumps(value)}; needed: {_HINTS.get(key, rule)}"
@@ -183,19 +206,7 @@ def tree_of_diffusers(unet: dict, scheduler: dict | None) -> tuple[dict, list[st
     process, sampling, wrong, notes = _process_of(scheduler)
     if wrong := [*faults.values(), *wrong]:
         raise ValueError("\n  ".join(["this network cannot represent it:", *wrong]))
-    tree = {
-        "dataset": {"image_size": size, "channels": there["in_channels"]},
-        "model": {
-            "base_channels": base,
-            "channel_multipliers": [width // base for width in widths],
-            "num_res_blocks": there["layers_per_block"],
-            "attention_resolutions": [size // 2**i for i, a in enumerate(attends) if a],
-            "dropout": float(there["dropout"]),
-        },
-        "diffusion": process,
-        "sampling": sampling,
-    }
-    return tree, notes
+    return layout.sections() | {"diffusion": process, "sampling": sampling}, notes
 
 
 def _process_of(scheduler: dict | None) -> tuple[dict, dict, list[str], list[str]]:
@@ -268,10 +279,11 @@ def to_diffusers(config: Config) -> tuple[dict, dict]:
             "represent networks whose first is 1"
         )
     sizes = [data.image_size // 2**level for level in range(len(multipliers))]
-    unet = _unet_of(
+    layout = _Layout(
         data.image_size,
         data.channels,
-        [model.base_channels * multiplier for multiplier in multipliers],
+        model.base_channels,
+        multipliers,
         [size in model.attention_resolutions for size in sizes],
         model.num_res_blocks,
         model.dropout,
@@ -294,7 +306,7 @@ def to_diffusers(config: Config) -> tuple[dict, dict]:
         "timestep_spacing": "trailing",
         "steps_offset": 0,
     }
-    return {**unet, "_diffusers_version": "0.30.0"}, scheduler
+    return layout.unet(), scheduler
 
 
 def infer_tree(state: dict[str, Tensor], image_size: int | None) -> tuple[dict, list[str]]:
@@ -310,28 +322,16 @@ def infer_tree(state: dict[str, Tensor], image_size: int | None) -> tuple[dict, 
         while (key := f"down.{len(widths)}.block.0.conv1.weight") in shapes:
             widths.append(shapes[key][0])
         blocks = sum(f"down.0.block.{b}.conv1.weight" in shapes for b in range(len(shapes)))
-        multipliers = [width // base for width in widths]
-        if not widths or [base * m for m in multipliers] != widths:
+        if not widths or any(width % base for width in widths):
             raise KeyError("widths that are multiples of the first")
     except (KeyError, ValueError) as error:
         raise ValueError(f"these are not the weights of a DDPM network: no {error}") from None
-    levels = [i for i in range(len(widths)) if f"down.{i}.attn.0.q.weight" in shapes]
-    if not image_size and not levels:
-        raise ValueError(
-            "the weights do not show how large the images are: add dataset.image_size="
-        )
-    size = image_size or 16 * 2 ** levels[0]  # the paper has attention at 16x16
+    attends = [f"down.{level}.attn.0.q.weight" in shapes for level in range(len(widths))]
+    if not image_size and True not in attends:
+        raise ValueError("the weights do not show the size of the images: add dataset.image_size=")
+    size = image_size or 16 * 2 ** attends.index(True)  # the paper has attention at 16x16
     variance = "large" if size < 256 else "small"
-    tree = {
-        "dataset": {"image_size": size, "channels": channels},
-        "model": {
-            "base_channels": base,
-            "channel_multipliers": multipliers,
-            "num_res_blocks": blocks,
-            "attention_resolutions": [size // 2**i for i in levels],
-            "dropout": 0.0,
-        },
-        "diffusion": {},
-        "sampling": {"sampler": "ddpm", "variance": variance},
-    }
+    multipliers = [width // base for width in widths]
+    tree = _Layout(size, channels, base, multipliers, attends, blocks, 0.0).sections()
+    tree |= {"diffusion": {}, "sampling": {"sampler": "ddpm", "variance": variance}}
     return tree, [f"images of {size}x{size}, the paper's linear schedule, variance {variance}"]

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from config import Config, differences, to_yaml
 from files import atomic_write
-from model import Network, build_network
 from weights.checkpoint import write_checkpoint
 from weights.dialects import DIFFUSERS, OURS, rename, to_diffusers
-from weights.load import copy_tensors, read_model
-from weights.model import Model, load_model
+from weights.load import read_model
+from weights.model import Model, load_model, model_of
 
 
 def import_model(source: str | Path, out: Path, overrides: Iterable[str] = ()) -> str:
@@ -29,16 +28,17 @@ def import_model(source: str | Path, out: Path, overrides: Iterable[str] = ()) -
     if out.suffix != ".ckpt":
         raise ValueError(f"{out}: a checkpoint's name ends in .ckpt")
     found = read_model(source, overrides)
-    state: dict[str, Tensor] = {}
-    for prefix, tensors in (("unet", found.raw), ("ema", found.ema)):
-        network = build_network(found.config, "meta")
-        copy_tensors(network, tensors, found.path)
-        state |= {f"{prefix}.{name}": value for name, value in network.state_dict().items()}
-    checkpoint = {"hyper_parameters": found.config.model_dump(mode="json"), "state_dict": state}
-    only = {"weights": found.only} if found.only else {}
-    write_checkpoint({**checkpoint, "global_step": found.step, **only}, out)
+    models = {"unet": model_of(found, weights="raw"), "ema": model_of(found, weights="ema")}
+    checkpoint = {
+        "hyper_parameters": found.config.model_dump(mode="json"),
+        "state_dict": {
+            f"{k}.{n}": v for k, model in models.items() for n, v in tensors_of(model).items()
+        },
+        "global_step": found.step,
+    }
+    write_checkpoint(checkpoint | ({"weights": found.only} if found.only else {}), out)
     notes = "".join(f"assumed: {note}\n" for note in found.notes)
-    return f"{notes}{summary(network, found.config)}\nwritten: {out}"
+    return f"{notes}{summary(models['ema'])}\nwritten: {out}"
 
 
 def export_model(
@@ -80,7 +80,7 @@ def export_model(
                 note = f"onnxruntime differs by {error:.1e} of the output's scale\n"
         if out.is_dir():
             out.rmdir()
-    about = f"{summary(model.network, model.config)}, {model.weights} weights"
+    about = f"{summary(model)}, {model.weights} weights"
     return f"{note}{about}\nwritten and read back: {out}"
 
 
@@ -95,12 +95,12 @@ def shareable(config: Config) -> Config:
     return Config.model_validate(tree)
 
 
-def summary(network: Network, config: Config) -> str:
+def summary(model: Model) -> str:
     """Return one line: parameters, images, process."""
-    count = sum(parameter.numel() for parameter in network.parameters())
-    size, process = config.dataset.image_size, config.diffusion
+    count = sum(parameter.numel() for parameter in model.parameters())
+    process = model.config.diffusion
     return (
-        f"{count:,} parameters, images of {config.dataset.channels}x{size}x{size}, "
+        f"{count:,} parameters, images of {'x'.join(map(str, model.shape))}, "
         f"T = {process.timesteps}, {process.beta_schedule} schedule, predicts {process.prediction}"
     )
 
@@ -146,16 +146,12 @@ def write_diffusers(model: Model, folder: Path, license: str) -> None:
         attention = ".attn" in name and value.ndim == 4  # 1x1 convolutions here, matrices there
         value = value[:, :, 0, 0].contiguous() if attention else value
         state[rename(name, levels, dialect=OURS, to=DIFFUSERS)] = value
-    index = {
-        "_class_name": "DDPMPipeline",
-        "_diffusers_version": unet["_diffusers_version"],
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
+    parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    version = unet["_diffusers_version"]
     trees = {
         "unet/config.json": unet,
         "scheduler/scheduler_config.json": scheduler,
-        "model_index.json": index,
+        "model_index.json": {"_class_name": "DDPMPipeline", "_diffusers_version": version, **parts},
         "ddpm.json": about(model),
     }
     for name, tree in trees.items():
@@ -177,12 +173,8 @@ def model_card(model: Model, license: str) -> str:
 license: {license}
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
-tags:
-- ddpm
-- diffusers
-- unconditional-image-generation
-datasets:
-- {config.dataset.name}
+tags: [ddpm, diffusers, unconditional-image-generation]
+datasets: [{config.dataset.name}]
 ---
 
 # DDPM, {config.dataset.name}, {size}x{size}

@@ -86,10 +86,8 @@ def copy_tensors(network: nn.Module, state: dict[str, Tensor], source: str | Pat
     wrong = [f"missing: {name}" for name in ours if name not in state]
     wrong += [f"surplus: {name}" for name in state if name not in ours]
     fitting: dict[str, Tensor] = {}
-    for name, there in state.items():
-        if name not in ours:
-            continue
-        needed = ours[name].shape
+    for name in [name for name in ours if name in state]:
+        there, needed = state[name], ours[name].shape
         if not isinstance(there, Tensor):
             wrong.append(f"misshapen: {name} is a {type(there).__name__}, not {list(needed)}")
         elif _without_1x1(there.shape) != _without_1x1(needed):

@@ -1,8 +1,10 @@
 """Weights in and out: other codes' files become our models, ours become theirs, bit for bit."""
 
+import errno
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from safetensors.torch import save_file
 from config import differences, load_config
 from generation import SeedNoise
 from model import build_network
-from weights import load_model, read_checkpoint, write_checkpoint
+from weights import load_model, newest_checkpoint, read_checkpoint, write_checkpoint
 from weights.export import shareable
 
 
@@ -84,6 +86,41 @@ def small(tmp_path_factory):
     state = torch.nn.ModuleDict(networks).state_dict()
     write_checkpoint({"hyper_parameters": tree, "state_dict": state, "global_step": 6}, path)
     return path
+
+
+def test_a_run_is_read_once_and_what_the_system_says_passes(small, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("step-00000006.ckpt", "last.ckpt"):
+        os.link(small, folder / name)
+    load, whole = torch.load, []
+    count = lambda *a, **k: (whole.append(k) if not k.get("mmap") else None, load(*a, **k))[1]
+    monkeypatch.setattr(torch, "load", count)
+    assert load_model(tmp_path).step == 6 and len(whole) == 1
+    path, checkpoint = newest_checkpoint(tmp_path)
+    assert path.name == "step-00000006.ckpt" and checkpoint["global_step"] == 6
+    for code, kind in ((errno.EIO, OSError), (errno.EACCES, PermissionError)):
+        monkeypatch.setattr(torch, "load", Mock(side_effect=OSError(code, os.strerror(code))))
+        with pytest.raises(kind) as error:
+            read_checkpoint(small)
+        assert error.value.filename == str(small)
+    monkeypatch.setattr(torch, "load", Mock(side_effect=RuntimeError("use torch.load(...)")))
+    with pytest.raises(ValueError, match=r"small.ckpt is damaged or not a checkpoint$"):
+        read_checkpoint(small)
+
+
+def test_what_was_written_before_the_sections_moved_loads(small, tmp_path, capsys):
+    checkpoint = read_checkpoint(small)
+    tree = checkpoint["hyper_parameters"]
+    for section in ("hardware", "logging", "evaluation"):
+        tree["training"] |= tree.pop(section)
+    del tree["diffusion"]["prediction"]
+    write_checkpoint(checkpoint, tmp_path / "old.ckpt")
+    old = load_model(tmp_path / "old.ckpt")
+    assert capsys.readouterr().err.count("\n") == 1
+    assert old.config == load_model(small).config
+    assert load_model(PROJECT / "pretrained/digits.safetensors").config.diffusion.prediction
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
