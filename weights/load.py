@@ -77,7 +77,7 @@ def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
 def copy_tensors(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Copy `state` into a network, name by name; 1x1 convolutions may come as matrices.
 
-    A network on the meta device takes the tensors themselves.
+    A network on the meta device gets copies of the tensors as its own.
 
     Raises:
         ValueError: lists what is missing, surplus or misshapen; the network is untouched.
@@ -99,6 +99,8 @@ def copy_tensors(network: nn.Module, state: dict[str, Tensor], source: str | Pat
         lines = "".join(f"\n  {line}" for line in [*wrong[:12], *more])
         raise ValueError(f"{source}: the weights do not fit the network of its config:{lines}")
     meta = any(value.is_meta for value in ours.values())
+    # copies: those of a mapped file change with it, and lie where vectors round otherwise
+    fitting = {name: value.clone() for name, value in fitting.items()} if meta else fitting
     network.load_state_dict(fitting, assign=meta)
 
 
