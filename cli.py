@@ -25,6 +25,17 @@ WRONG_INPUT = ValueError, FileNotFoundError, FileExistsError, NotADirectoryError
 # ---- when something is wrong
 
 
+def rank() -> int:
+    """Return this process's rank before anything is launched: torchrun's, Lightning's, srun's."""
+    numbers = (os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((int(number) for number in numbers if number.isdigit()), 0)
+
+
+def is_main_process() -> bool:
+    """Tell whether this process speaks for all ranks."""
+    return rank() == 0
+
+
 def fail(error: BaseException) -> int:
     """Say what is wrong in one message; return the exit code: 2 where the input is, else 1."""
     where = "" if is_main_process() else f" (rank {rank()})"
@@ -111,17 +122,6 @@ def quiet_libraries() -> None:
     launcher = "lightning_fabric.strategies.launchers.subprocess_script"
     logging.getLogger(launcher).setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-
-
-def rank() -> int:
-    """Return this process's rank before anything is launched: torchrun's, Lightning's, srun's."""
-    numbers = (os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    return next((int(number) for number in numbers if number.isdigit()), 0)
-
-
-def is_main_process() -> bool:
-    """Tell whether this process speaks for all ranks."""
-    return rank() == 0
 
 
 # ---- options

@@ -5,8 +5,11 @@ Small datasets live in memory. Files are decoded once, cut to size, and kept as 
 array under `cache`, so that a bad file is found before the first step and never in hour three.
 """
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before torch is imported, to print help
     import cli  # noqa: F401  (first: it speaks of packages that are missing)
+    from sources.command import app
+
+    app(obj=lambda: __import__("dataset").load_images)  # it ends the process
 
 import errno
 import hashlib
@@ -324,9 +327,3 @@ def _skipped(array: Path, skipped: Path, shape: tuple[int, ...]) -> dict[str, st
         return names if whole else None
     except (OSError, ValueError, EOFError):
         return None
-
-
-if __name__ == "__main__":
-    from sources.command import app
-
-    app(obj=load_images)

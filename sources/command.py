@@ -31,7 +31,7 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 @app.command(help=HELP)
 def report_on_images(
-    context: typer.Context,  # its `obj` is `dataset.load_images`
+    context: typer.Context,  # its `obj` returns `dataset.load_images`
     config_file: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cifar10.yml.")
     ],
@@ -63,7 +63,7 @@ def report_on_images(
         headers = report.read_headers(sources.values(), progress=bar)
         show(report.summarize_headers(config, headers))
         keys = config.dataset.model_dump(exclude={"random_flip"})
-        parts = context.obj(**keys, progress=partial(bar, description="Decoding images"))
+        parts = context.obj()(**keys, progress=partial(bar, description="Decoding images"))
 
         def read(split: str) -> report.Values:
             images = parts[split]

@@ -1,8 +1,6 @@
 """The commands as a person types them; in this process where that makes no difference."""
 
-import importlib
 import re
-import shlex
 import signal
 import time
 from pathlib import Path
@@ -10,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import Evil, invoke, noise_image, write_cifar
 from PIL import Image
 from processes import PROJECT, run, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_checkpoints import Evil
-from test_dataset import noise_image, write_cifar
-from typer.testing import CliRunner
 
 from config import load_config
 
@@ -26,25 +22,14 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     (folder / "configs").symlink_to(PROJECT / "configs")
     torch.save({"state_dict": Evil(), "hyper_parameters": {}}, folder / "evil.ckpt")
-    output = run("python train.py configs/smoke.yml training.save_every=2", folder)
+    output = run("python train.py configs/smoke.yml logging.save_every=2", folder)
     lines = output.strip().splitlines()
     assert lines[0] == lines[-1] == "run folder: lightning_logs/smoke"
     assert "step 6 of 6" in output
     return folder
 
 
-def invoke(command: str, place: Path, monkeypatch, code: int) -> str:
-    """As `run`, in this process: for what ends before anything is trained."""
-    script, *arguments = shlex.split(command)
-    monkeypatch.chdir(place)
-    app = importlib.import_module(script.removesuffix(".py")).app
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == code, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result.output
-
-
-def pictures(folder: Path) -> dict[str, bytes]:
+def images(folder: Path) -> dict[str, bytes]:
     return {p.name: np.array(Image.open(p)).tobytes() for p in folder.glob("0*.png")}
 
 
@@ -98,9 +83,9 @@ def test_a_second_run_gets_its_own_folder(place, monkeypatch):
         ("configs/smoke.yml --continue-training --run-name x", "no run lightning_logs/x"),
         ("configs/smoke.yml --run-name ../x", "cannot be called"),
         ("configs/smoke.yml --continue-training training.seed=1", "training.seed: 0 -> 1"),
-        ("configs/smoke.yml training.devices=3", "8 cannot be shared by 3 devices; try 6 or 9"),
-        ("configs/smoke.yml training.accelerator=gpu", "error: "),
-        ("configs/smoke.yml training.results_folder=/proc/no", "error: "),
+        ("configs/smoke.yml hardware.devices=3", "8 cannot be shared by 3 devices; try 6 or 9"),
+        ("configs/smoke.yml hardware.accelerator=gpu", "error: "),
+        ("configs/smoke.yml logging.results_folder=/proc/no", "error: "),
         ("configs/smoke.yml --no-such-option", "--no-such-option"),
     ],
 )
@@ -121,7 +106,7 @@ def test_on_a_terminal_there_is_a_bar_and_the_cursor_comes_back(place):
         seen = process.finish(130)
     assert "━" in seen
     assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
-    assert "to go on:" in seen[seen.rindex("\x1b[?25h") :]
+    assert "to continue:" in seen[seen.rindex("\x1b[?25h") :]
 
 
 def test_nothing_of_a_persons_own_is_written_over(place, monkeypatch):
@@ -152,7 +137,7 @@ def test_signals_save_and_name_what_goes_on(place, signum, code):
     step = int(saved[1].replace(",", ""))
     assert torch.load(place / saved[2], weights_only=True)["global_step"] == step
     assert "a second signal ends at once" in output
-    go_on = re.search(r"to go on: (python .*)", output)[1]
+    go_on = re.search(r"to continue: (python .*)", output)[1]
     output = run(f"{go_on} training.max_steps={step + 2}", place)
     assert f"(step {step:,})" in output
 
@@ -173,7 +158,7 @@ def test_the_papers_cifar10_run_starts(tmp_path, monkeypatch):
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
 
 
-def test_a_folder_of_pictures(tmp_path, monkeypatch):
+def test_a_folder_of_images(tmp_path, monkeypatch):
     folder = tmp_path / "mine"
     folder.mkdir()
     for i in range(12):
@@ -198,10 +183,10 @@ def losses(run: Path) -> dict[int, float]:
 def test_two_devices_are_one_run(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
     common = (
-        "configs/smoke.yml model.dropout=0.0 training.accelerator=cpu training.log_every=1 "
-        "training.validate_every=10 training.max_steps=30"
+        "configs/smoke.yml model.dropout=0.0 hardware.accelerator=cpu logging.log_every=1 "
+        "evaluation.validate_every=10 training.max_steps=30"
     )
-    two = "training.devices=2 training.micro_batch_size=2"
+    two = "hardware.devices=2 hardware.micro_batch_size=2"
     invoke(f"train.py {common} --run-name one", tmp_path, monkeypatch, 0)
     output = run(f"python train.py {common} {two} --run-name two", tmp_path)
     assert output.count("run folder: lightning_logs/two") == 2
@@ -233,10 +218,10 @@ def test_without_a_config_those_there_are_named(place, monkeypatch):
 
 
 def test_print_config_is_a_config(place, monkeypatch):
-    command = "train.py configs/digits.yml training.seed=7 training.logger=csv --print-config"
+    command = "train.py configs/digits.yml training.seed=7 logging.logger=csv --print-config"
     output = invoke(command, place, monkeypatch, code=0)
     (place / "printed.yml").write_text(output)
-    wanted = load_config("configs/digits.yml", ["training.seed=7", "training.logger=[csv]"])
+    wanted = load_config("configs/digits.yml", ["training.seed=7", "logging.logger=[csv]"])
     assert load_config("printed.yml") == wanted
     keys = [line for line in output.splitlines() if line.startswith("  ")]
     assert all(line.partition("  # ")[2] not in ("", "None") for line in keys)
@@ -247,8 +232,8 @@ def test_print_config_is_a_config(place, monkeypatch):
 
 def test_sample_fills_what_is_missing(place, monkeypatch):
     output = invoke("sample.py lightning_logs/smoke --num-images 8", place, monkeypatch, 0)
-    assert "8 pictures written" in output
-    first = pictures(place / "samples")
+    assert "8 images written" in output
+    first = images(place / "samples")
     assert sorted(first) == [f"{i:06d}.png" for i in range(8)]
     assert (place / "samples/grid.png").exists()
     (place / "samples/000003.png").unlink()
@@ -258,20 +243,20 @@ def test_sample_fills_what_is_missing(place, monkeypatch):
     output = invoke(
         "sample.py lightning_logs/smoke --num-images 8 --batch-size 3", place, monkeypatch, 0
     )
-    assert "2 pictures written" in output
+    assert "2 images written" in output
     assert "6 were there already" in output
-    assert pictures(place / "samples") == first
+    assert images(place / "samples") == first
     after = {p.name: p.stat().st_mtime_ns for p in (place / "samples").glob("0*.png")}
     changed = {name for name in after if after[name] != times.get(name)}
     assert changed == {"000003.png", "000005.png"}
     again = "sample.py lightning_logs/smoke --timesteps 5"
-    assert "8 pictures written to samples-2" in invoke(again, place, monkeypatch, code=0)
-    assert "0 pictures written to samples-2, 8 were" in invoke(again, place, monkeypatch, code=0)
+    assert "8 images written to samples-2" in invoke(again, place, monkeypatch, code=0)
+    assert "0 images written to samples-2, 8 were" in invoke(again, place, monkeypatch, code=0)
     for seed in (0, 100):  # a folder is one recipe's, whatever the seeds
         line = f"{again} --seed {seed} --output-dir samples"
         output = invoke(line, place, monkeypatch, code=2)
         assert "another recipe (timesteps 20 -> 5)" in output
-    assert pictures(place / "samples") == first
+    assert images(place / "samples") == first
 
 
 @pytest.mark.parametrize(
@@ -286,7 +271,7 @@ def test_sample_options(place, options, tmp_path, monkeypatch):
     checkpoint = "lightning_logs/smoke/checkpoints/last.ckpt"
     arguments = f"{checkpoint} --num-images 3 --seed 2 --output-dir '{tmp_path}' {options}"
     invoke(f"sample.py {arguments}", place, monkeypatch, code=0)
-    assert sorted(pictures(tmp_path)) == ["000002.png", "000003.png", "000004.png"]
+    assert sorted(images(tmp_path)) == ["000002.png", "000003.png", "000004.png"]
     assert (tmp_path / "grid.png").exists() == ("--no-grid" not in options)
     size = 16 if "--image-size 16" in options else 8
     assert Image.open(tmp_path / "000002.png").size == (size, size)
@@ -330,7 +315,7 @@ def test_copies(place, monkeypatch):
     plain = np.stack([np.array(Image.open(folder / f"{s:06d}.png")) for s in (0, 1, 2, 9)])
     large = np.array(Image.open(folder / "enlarged" / "000009.png"))
     assert np.array_equal(large, plain[3].repeat(3, 0).repeat(3, 1))  # whole pixels
-    with np.load(folder / "pictures.npz") as packed:
+    with np.load(folder / "images.npz") as packed:
         assert np.array_equal(packed["arr_0"][..., 0], plain)
         assert packed["seeds"].tolist() == [0, 1, 2, 9]
     with Image.open(folder / "chain.gif") as film:
@@ -339,7 +324,7 @@ def test_copies(place, monkeypatch):
         last = np.array(film.convert("L")).astype(int)
     assert np.abs(last - np.array(Image.open(folder / "grid.png").convert("L"))).max() <= 4
     again = invoke(f"{command} --format jpg", place, monkeypatch, code=0)
-    assert "0 pictures written to copies, 4 were there already" in again
+    assert "0 images written to copies, 4 were there already" in again
     jpg = np.array(Image.open(folder / "000009.jpg"))
     assert np.abs(jpg.astype(int) - plain[3]).mean() < 4
 
@@ -355,7 +340,7 @@ def test_copies(place, monkeypatch):
         ("--run-name smoke --seeds 0-99999999999", "at most 10,000,000 of them"),
     ],
 )
-def test_which_model_and_which_pictures(place, arguments, says, monkeypatch):
+def test_which_model_and_which_images(place, arguments, says, monkeypatch):
     assert says in invoke(f"sample.py {arguments}", place, monkeypatch, code=2)
 
 

@@ -93,9 +93,9 @@ def read_plain(path: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     fault = "is damaged or not a checkpoint"
-    archive = zipfile.is_zipfile(path)  # torch's format before 1.6 is none, and has no checksums
+    archive, damaged = False, None
     try:
-        damaged = None
+        archive = zipfile.is_zipfile(path)  # torch's format before 1.6 has no checksums
         if archive:
             with zipfile.ZipFile(path) as members:
                 damaged = members.testzip()

@@ -6,17 +6,20 @@ devices, reads a value or copies to the host fails on them as it would be slow o
 
 import pytest
 import torch
+from helpers import steps_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import sys
 import pl_utils
 from config import load_config
-from diffusion_utils import make_steps
+from dataset import Batch
+from generation import chain, make_denoiser
 from pl_utils import DDPM
 
-SAMPLERS = {"ddpm": 0.0, "ddim": 0.5, "dpm++": 0.0}  # and their eta
+SAMPLERS = {"ddpm": 0.0, "ddim": 0.5, "dpm++": 0.0, "heun": 0.0}  # and their eta
 
 
 class Crossings(TorchDispatchMode):
@@ -40,13 +43,13 @@ class Crossings(TorchDispatchMode):
 @pytest.fixture
 def pretended(monkeypatch):
     """A model on a GPU that is not there."""
-    overrides = ["training.precision=bf16-mixed", "dataset.random_flip=true"]
+    overrides = ["hardware.precision=bf16-mixed", "dataset.random_flip=true"]
     config = load_config("configs/smoke.yml", overrides)
     ddpm = DDPM(config)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "default_generators", [torch.Generator()])
-    monkeypatch.setattr(pl_utils, "SeedNoise", PretendedNoise)
+    monkeypatch.setattr(sys.modules["generation.generate"], "SeedNoise", PretendedNoise)
     with FakeTensorMode():
         for module in ddpm.modules():
             for name, p in module._parameters.items():
@@ -86,12 +89,12 @@ def test_a_step_stays_on_the_device(pretended):
             parameter.grad = torch.empty_like(parameter)
 
     optimizer = ddpm.configure_optimizers()
-    batch = torch.empty(ddpm.config.training.batch_size, 1, 8, 8, dtype=torch.uint8, device="cuda")
+    images = torch.empty(ddpm.config.training.batch_size, 1, 8, 8, dtype=torch.uint8, device="cuda")
     for step in range(2):
         with Crossings() as crossings:
-            ddpm.update(batch, optimizer, step=step, backward=backward)
-        if step == 0:  # the tables of alpha_bar, once
-            assert crossings.found == ["aten._to_copy.default"] * 2
+            ddpm.update(Batch(images), optimizer, step=step, backward=backward)
+        if step == 0:  # five columns over t, once
+            assert crossings.found == ["aten._to_copy.default"] * 5
     assert crossings.found == []
 
 
@@ -99,18 +102,12 @@ def test_a_step_stays_on_the_device(pretended):
 def test_a_chain_stays_on_the_device(pretended, sampler):
     counts = []
     for timesteps in (5, 10):
-        steps = make_steps(
-            pretended.diffusion,
-            sampler=sampler,
-            variance="large",
-            eta=SAMPLERS[sampler],
-            timesteps=timesteps,
-            spacing="trailing",
-        )
-        with Crossings() as crossings:
-            pictures = pretended.sample(steps, [0, 1], net=pretended.net)
-        assert pictures.device.type == "cuda"
-        assert pictures.dtype == torch.uint8
+        steps = steps_of(pretended.diffusion, sampler, eta=SAMPLERS[sampler], n=timesteps)
+        with Crossings() as crossings, torch.inference_mode():
+            times = [step.t for step in steps]
+            denoiser = make_denoiser(pretended.ema, pretended.diffusion, times=times)
+            *_, (_, x, _) = chain(denoiser, steps, [0, 1], shape=(1, 8, 8), device="cuda")
+        assert x.device.type == "cuda"
         counts.append(len(crossings.found))
     assert counts == [1, 1]  # the list of times, however long
 
@@ -127,7 +124,7 @@ def test_a_value_that_is_read_would_be_seen(pretended):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_nothing_waits_and_the_loss_is_the_cpus():
-    config = load_config("configs/smoke.yml", ["training.precision=32-true", "model.dropout=0"])
+    config = load_config("configs/smoke.yml", ["hardware.precision=32-true", "model.dropout=0"])
     batch = torch.randint(0, 256, (config.training.batch_size, 1, 8, 8), dtype=torch.uint8)
     drawn = DDPM(config).draw(pl_utils.TRAIN, 0, len(batch))
     tallies = []
@@ -136,10 +133,10 @@ def test_on_a_gpu_nothing_waits_and_the_loss_is_the_cpus():
         there = [v.to(device) for v in drawn]
         ddpm.draw = lambda *_, there=there: there
         optimizer = ddpm.configure_optimizers()
-        ddpm.update(here, optimizer, step=0)  # builds what is built once; its rate is 0
+        ddpm.update(Batch(here), optimizer, step=0)  # builds what is built once; its rate is 0
         torch.cuda.set_sync_debug_mode("error")
         try:
-            ddpm.update(here, optimizer, step=0)
+            ddpm.update(Batch(here), optimizer, step=0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         tallies.append(ddpm.tally.cpu())

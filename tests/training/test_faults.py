@@ -27,8 +27,8 @@ LIMIT = 240  # seconds a command
 KINDS = "write,pwrite64,fsync,fdatasync,/^rename,/^link,/^unlink,/^open,/^mkdir"
 TARGET = re.compile(r"\btarget\b")  # the folder that each command here writes to
 SMALL = (
-    "configs/smoke.yml training.accelerator=cpu training.num_workers=0 training.max_steps=4 "
-    "training.save_every=2 dataset.cache=target/cache"
+    "configs/smoke.yml hardware.accelerator=cpu hardware.num_workers=0 training.max_steps=4 "
+    "logging.save_every=2 dataset.cache=target/cache"
 )
 
 
@@ -170,12 +170,12 @@ def disturb(command: str, new_place, result, to_continue: str = "") -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder with a trained model, pictures and an extractor of features."""
-    from test_dataset import noise_image
+    from helpers import noise_image
     from test_evaluate import Net
 
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "configs").symlink_to(PROJECT / "configs")
-    code, said = execute(f"train.py {SMALL} training.results_folder=runs", folder)
+    code, said = execute(f"train.py {SMALL} logging.results_folder=runs", folder)
     assert code == 0, said
     (folder / "pictures").mkdir()
     for i in range(4):
@@ -223,7 +223,7 @@ def test_training(new_place):
         tensors += [value for i in sorted(state) for value in state[i].values()]
         return [str(data["global_step"]).encode(), *(t.numpy().tobytes() for t in tensors)]
 
-    command = f"train.py {SMALL} training.results_folder=target --run-name r"
+    command = f"train.py {SMALL} logging.results_folder=target --run-name r"
     disturb(command, new_place, result, to_continue="--continue-training")
 
 

@@ -1,56 +1,21 @@
 """Training, resuming and loading, in this process, on a network of a few thousand weights."""
 
-import itertools
 import math
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from rich.console import Console
+from helpers import assert_same, steps_of, tiny, train
 
 import pl_utils
-from checkpoint import newest_checkpoint
 from config import load_config
-from data import Data
-from diffusion_utils import from_uint8, make_steps
-from pl_utils import DDPM, TRAIN, SeedNoise
-from trainer import build_trainer, check_division, check_launcher
-
-
-def tiny(*overrides):
-    exact = ["training.accelerator=cpu", "training.precision=32-true"]
-    return load_config("configs/smoke.yml", [*exact, *overrides])
-
-
-salt = itertools.count()
-
-
-def train(folder, *overrides, resume=None, callbacks=(), ddpm=None):
-    """One run; the module and the optimizer's state after it."""
-    config = tiny(*overrides)
-    torch.manual_seed(next(salt))  # what the process did before is no matter
-    ddpm = ddpm or DDPM(config)
-    trainer = build_trainer(config, Path(folder), Console(quiet=True))
-    trainer.callbacks[:0] = callbacks
-    trainer.fit(ddpm, Data(config), ckpt_path=resume, weights_only=True)
-    return ddpm, trainer.optimizers[0].state_dict()
-
-
-def assert_same(one, two):
-    """Bitwise, through nested dicts and lists."""
-    assert type(one) is type(two)
-    if isinstance(one, dict):
-        assert one.keys() == two.keys()
-        for key in one:
-            assert_same(one[key], two[key])
-    elif isinstance(one, list):
-        for a, b in zip(one, two, strict=True):
-            assert_same(a, b)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, two)
-    else:
-        assert one == two
+from diffusion_utils import from_uint8
+from generation import SeedNoise, generate, make_denoiser
+from model import at_precision
+from pl_utils import DDPM, TRAIN
+from training import ImageData
+from training.trainer import check_division, check_launcher
+from weights import newest_checkpoint
 
 
 class Watch(pl.Callback):
@@ -65,7 +30,7 @@ class Watch(pl.Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.note(module)
-        self.batches.append(batch.clone())
+        self.batches.append(batch.images.clone())
 
     def on_train_end(self, trainer, module):
         self.note(module)
@@ -78,11 +43,11 @@ class Watch(pl.Callback):
     "others",
     [
         (),
-        ("training.validate_every=2", "training.preview_every=3", "training.preview_images=2"),
-        ("training.num_workers=2", "training.save_every=1"),
-        ("training.micro_batch_size=4",),
-        ("training.precision=bf16-mixed",),
-        pytest.param(("training.compile=true",), marks=pytest.mark.slow),
+        ("evaluation.validate_every=2", "logging.preview_every=3", "logging.preview_images=2"),
+        ("hardware.num_workers=2", "logging.save_every=1"),
+        ("hardware.micro_batch_size=4",),
+        ("hardware.precision=bf16-mixed",),
+        pytest.param(("hardware.compile=true",), marks=pytest.mark.slow),
     ],
 )
 def test_stopping_and_resuming_leaves_no_trace(tmp_path, others):
@@ -90,7 +55,7 @@ def test_stopping_and_resuming_leaves_no_trace(tmp_path, others):
     straight, adam = train(tmp_path / "a", *same)
     train(tmp_path / "b", "training.max_steps=1", *same)
     for steps in (4, 6):
-        last = newest_checkpoint(tmp_path / "b")
+        last, _ = newest_checkpoint(tmp_path / "b")
         resumed, resumed_adam = train(
             tmp_path / "b", f"training.max_steps={steps}", *others, resume=last
         )
@@ -100,13 +65,13 @@ def test_stopping_and_resuming_leaves_no_trace(tmp_path, others):
 
 def test_micro_batches_are_the_same_step(tmp_path):
     whole, _ = train(tmp_path / "a", "model.dropout=0.0")
-    parts, _ = train(tmp_path / "b", "model.dropout=0.0", "training.micro_batch_size=2")
+    parts, _ = train(tmp_path / "b", "model.dropout=0.0", "hardware.micro_batch_size=2")
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_the_step_is_the_papers(tmp_path):
-    """Adam, clipping, warm-up and the average, written out from the same draws."""
+    """Adam, clipping, warm-up and EMA, written out from the same draws."""
     watch = Watch()
     ddpm, _ = train(
         tmp_path, "model.dropout=0.0", "training.gradient_clip_norm=0.5", callbacks=[watch]
@@ -142,8 +107,8 @@ def test_the_step_is_the_papers(tmp_path):
             watch.ema[step], watch.ema[step + 1], watch.weights[step + 1], strict=True
         ):
             torch.testing.assert_close(after, before + 0.005 * (weight - before))
-    for weight, average in zip(watch.weights[0], watch.ema[0], strict=True):
-        assert torch.equal(weight, average)  # it starts from the initial weights
+    for weight, ema in zip(watch.weights[0], watch.ema[0], strict=True):
+        assert torch.equal(weight, ema)  # it starts from the initial weights
 
 
 def test_initial_weights_are_the_seeds():
@@ -165,14 +130,14 @@ def test_flips_are_half_and_only_when_asked(tmp_path):
     class See(pl.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             _, _, heads = module.draw(TRAIN, trainer.global_step, 64)
-            x_0 = from_uint8(batch)
+            x_0 = from_uint8(batch.images)
             seen.append((x_0, heads))
 
     def spy(ddpm):
         loss = ddpm.diffusion.loss
-        ddpm.diffusion.loss = lambda model, x_0, t, eps: (
+        ddpm.diffusion.loss = lambda model, x_0, *rest: (
             given.append(x_0),
-            loss(model, x_0, t, eps),
+            loss(model, x_0, *rest),
         )[1]
         return ddpm
 
@@ -254,41 +219,40 @@ def test_many_bad_steps_end_the_run(tmp_path):
         train(tmp_path, "training.max_skipped_steps=3", callbacks=[Poison(set(range(9)))])
 
 
-# ---- the average, validation and sampling stand apart
+# ---- EMA, validation and sampling stand apart
 
 
-def test_the_average_never_drops_out():
+def test_the_ema_never_drops_out():
     ddpm = DDPM(tiny("model.dropout=0.9"))
     with torch.no_grad():
         for p in ddpm.ema.parameters():
             p.normal_(std=0.1)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 5])
     ddpm.train()
-    assert torch.equal(ddpm(x, t), ddpm(x, t))
+    assert torch.equal(ddpm.ema(x, t), ddpm.ema(x, t))
     assert not any(p.requires_grad for p in ddpm.ema.parameters())
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("base_channels", [4, 32])
-def test_pictures_belong_to_their_seeds(bf16, base_channels):
+def test_images_belong_to_their_seeds(precision, base_channels):
     """Bit for bit, whatever is in the batch beside them."""
     ddpm = DDPM(tiny(f"model.base_channels={base_channels}")).eval()
     with torch.no_grad():
         for p in ddpm.ema.parameters():
             p.normal_(std=0.1)
-    net = ddpm.sampling_net(bf16=bf16)
-    steps = make_steps(
-        ddpm.diffusion,
-        sampler="ddpm",
-        variance="large",
-        eta=0.0,
-        timesteps=None,
-        spacing="trailing",
-    )
-    together = ddpm.sample(steps, [0, 1, 2, 3, 4], net=net)
-    assert torch.equal(ddpm.sample(steps, [3, 4], net=net), together[3:])
-    assert torch.equal(ddpm.sample(steps, [2], net=net), together[2:3])
-    assert len({picture.numpy().tobytes() for picture in together}) == 5
+    steps = steps_of(ddpm.diffusion)
+    network = at_precision(ddpm.ema, precision)
+    denoiser = make_denoiser(network, ddpm.diffusion, times=[step.t for step in steps])
+
+    def draw(seeds, size=64):
+        batches = generate(denoiser, steps, seeds, shape=(1, 8, 8), batch_size=size)
+        return torch.cat([images for _, images in batches])
+
+    together = draw([0, 1, 2, 3, 4])
+    assert torch.equal(draw([3, 4]), together[3:])
+    assert torch.equal(draw([2, 0, 1], size=2), together[[2, 0, 1]])
+    assert len({image.numpy().tobytes() for image in together}) == 5
 
 
 def test_noise_is_a_stream_per_seed():
@@ -303,19 +267,19 @@ def test_noise_is_a_stream_per_seed():
 
 
 def test_validation_is_the_same_every_time(tmp_path):
-    """The t and noise that the loss is given, on pictures that are never flipped."""
+    """The t and noise that the loss is given, on images that are never flipped."""
     seen = []
     overrides = [
-        "training.validate_every=2", "training.batch_size=100", "training.micro_batch_size=50",
+        "evaluation.validate_every=2", "training.batch_size=100", "hardware.micro_batch_size=50",
         "dataset.random_flip=true",
     ]  # fmt: skip
     ddpm = DDPM(tiny(*overrides))
     loss = ddpm.diffusion.loss
 
-    def spy(model, x_0, t, eps):
-        if model is ddpm:  # validation calls the module, training the network
+    def spy(network, x_0, t, eps, weight=None):
+        if network is ddpm.ema:  # validation; training asks `train_network`
             seen.append((x_0, t, eps))
-        return loss(model, x_0, t, eps)
+        return loss(network, x_0, t, eps, weight)
 
     ddpm.diffusion.loss = spy
     train(tmp_path, *overrides, ddpm=ddpm)
@@ -323,17 +287,17 @@ def test_validation_is_the_same_every_time(tmp_path):
     for first, second, third in zip(seen[:4], seen[4:8], seen[8:], strict=True):
         assert_same(list(first), list(second))
         assert_same(list(first), list(third))
-    data = Data(ddpm.config)
+    data = ImageData(ddpm.config)
     data.setup()
-    held_out = from_uint8(data.pictures["validation"][list(range(180))])
-    assert torch.equal(torch.cat([x_0 for x_0, _, _ in seen[:4]]), held_out)
+    images = from_uint8(data.images["validation"][list(range(180))].images)
+    assert torch.equal(torch.cat([x_0 for x_0, _, _ in seen[:4]]), images)
 
 
 def test_curves_are_written(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    overrides = ["training.validate_every=3", "training.preview_every=3"]
-    train(tmp_path / "run", *overrides, "training.logger=[tensorboard,csv]")
+    overrides = ["evaluation.validate_every=3", "logging.preview_every=3"]
+    train(tmp_path / "run", *overrides, "logging.logger=[tensorboard,csv]")
     (table,) = (tmp_path / "run").glob("csv/from-step-0/metrics.csv")
     columns = table.read_text().splitlines()[0].split(",")
     events = EventAccumulator(str(tmp_path / "run"))
@@ -366,5 +330,5 @@ def test_division():
     check_division(64, 4, 8)
     with pytest.raises(ValueError, match=r"64 cannot be shared by 3 devices; try 63 or 66"):
         check_division(64, None, 3)
-    with pytest.raises(ValueError, match=r"16 does not divide the 8 pictures .* 1, 2, 4, 8"):
+    with pytest.raises(ValueError, match=r"16 does not divide the 8 images .* 1, 2, 4, 8"):
         check_division(64, 16, 8)
