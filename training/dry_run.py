@@ -11,11 +11,11 @@ from rich.console import Console
 
 from config import Config
 from dataset import Batch, Images
-from model import build_network
+from model import Network, build_network
 from pl_utils import DDPM, preview_weights, quick_images
 from training.datamodule import open_images, train_batches
 from training.fitting import FitIntoMemory
-from training.hardware import count_flops, duration, memory, si, timed
+from training.hardware import activation_bytes, count_flops, duration, memory, si, timed
 from training.trainer import build_trainer
 from weights import write_checkpoint
 
@@ -35,12 +35,23 @@ class Seconds(NamedTuple):
     checkpoint: float
 
 
+def one_image(config: Config) -> tuple[Network, torch.Tensor, torch.Tensor]:
+    """Return the network and an input, on the meta device."""
+    network, data = build_network(config, "meta"), config.dataset
+    x = torch.empty(1, data.channels, data.image_size, data.image_size, device="meta")
+    return network, x, torch.zeros(1, dtype=torch.long, device="meta")
+
+
 def flops_per_image(config: Config) -> tuple[int, int]:
     """Return the FLOPs of one image: forward, and in training without what is recomputed."""
-    data = config.dataset
-    x = torch.empty(1, data.channels, data.image_size, data.image_size, device="meta")
-    t = torch.zeros(1, dtype=torch.long, device="meta")
-    return count_flops(build_network(config, "meta"), x, t)
+    return count_flops(*one_image(config))
+
+
+def memory_per_image(config: Config) -> float:
+    """Return the bytes that another image takes in a training step, in float32."""
+    network, x, t = one_image(config)
+    network.recompute = config.hardware.activation_checkpointing
+    return activation_bytes(network, x, t)
 
 
 def project(config: Config, once: Seconds) -> Seconds:
@@ -124,14 +135,15 @@ class Rehearsal:
         start = timed(lambda: fitting.prepare(self.module, self.ranks), self.device)
         part = self.share if on_cuda else 1
         start += self.steps(1, part)
-        seconds, (one, _) = self.steps(1, part), memory(self.device)
-        if not on_cuda and self.share > 1:
-            part = min(self.share, max(2, int(LONG / seconds)))
+        seconds = self.steps(1, part)
+        if not on_cuda:
+            part = min(self.share, max(1, int(LONG / seconds)))
             seconds = self.steps(1, part)
         seconds = self.steps(max(1, min(200, round(LONG / 2 / seconds))), part)
         peak, micro = memory(self.device)[0], self.module.micro or self.share
-        if part < micro:  # each further image keeps its activations
-            peak += (micro - part) * (peak - one) / (part - 1)
+        if part < micro:
+            halved = 2 if self.module.precision == "bfloat16" else 1
+            peak += (micro - part) * memory_per_image(self.config) / halved
         return part, peak, seconds * self.share / part, start
 
     def preview(self) -> float:

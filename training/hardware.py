@@ -4,14 +4,18 @@ import math
 import os
 import re
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 UNITS = {"d": 86400, "h": 3600, "min": 60, "s": 1}
@@ -56,6 +60,37 @@ def count_flops(network: nn.Module, x: Tensor, t: Tensor) -> tuple[int, int]:
                 getattr(y, "sample", y).sum().backward()  # diffusers' networks give a `sample`
         totals.append(counter.get_total_flops())
     return totals[0], totals[1]
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of tensors that operations have made and that are still there."""
+
+    now = peak = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        before = {v.untyped_storage() for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)}
+        after = {v.untyped_storage() for v in tree_leaves(result) if isinstance(v, Tensor)}
+        for storage in after - before:
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
+def activation_bytes(network: nn.Module, x: Tensor, t: Tensor) -> int:
+    """Return the most bytes that network(x, t) and its gradient hold, without the weights'.
+
+    In float32; on the meta device nothing is computed.
+    """
+    with _Live() as live:
+        torch.autograd.grad(network(x.requires_grad_(), t).sum(), x)
+    return live.peak
 
 
 def duration(seconds: float) -> str:

@@ -5,15 +5,17 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import TINY, wake
+from helpers import TINY, steps_of, wake
 from torch.nn.functional import cosine_similarity
 
-import norm_silu
 from config import load_config
-from diffusion_utils import make_steps
-from model import Dropout, UNet
-from norm_silu import GroupNorm
-from pl_utils import DDPM, has_bf16, load_ddpm, uses_bf16
+from dataset import Batch
+from generation import generate, make_denoiser, resolve_precision
+from kernels import GroupNorm, norm_silu
+from model import Dropout, UNet, at_precision, has_bf16
+from pl_utils import DDPM
+from training.fitting import FitIntoMemory
+from weights import load_model
 
 needs_kernel = pytest.mark.skipif(norm_silu.kernel() is None, reason="no C++ compiler here")
 
@@ -53,7 +55,7 @@ def test_the_kernel_is_group_norm_and_silu(dtype, tolerance, silu):
 
 
 @needs_kernel
-def test_threads_share_the_groups_of_one_picture():
+def test_threads_share_the_groups_of_one_image():
     results, threads = [], torch.get_num_threads()
     try:
         for count in (1, 4, 32):  # the last: more than groups
@@ -150,7 +152,7 @@ def test_one_t_for_all_is_t_of_each():
     each = net(x, torch.full((3,), 17))
     torch.testing.assert_close(net(x, torch.tensor([17])), each, rtol=1e-5, atol=1e-5)
     rows = net.embed(torch.tensor([5, 17]))
-    torch.testing.assert_close(net(x, rows[1:]), each, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(net.predict(x, rows[1:]), each, rtol=1e-5, atol=1e-5)
 
 
 def test_recomputing_activations_changes_nothing():
@@ -175,66 +177,49 @@ def tiny_ddpm(*overrides: str) -> DDPM:
 def test_bfloat16_gradients_point_the_same_way():
     gradients = []
     for precision in ("32-true", "bf16-mixed"):
-        ddpm = tiny_ddpm(f"training.precision={precision}")
+        ddpm = tiny_ddpm(f"hardware.precision={precision}")
         batch = torch.randint(256, (8, 1, 8, 8), generator=torch.Generator().manual_seed(0))
         optimizer = ddpm.configure_optimizers()
         optimizer.zero_grad = lambda: None  # they are looked at
-        ddpm.update(batch.to(torch.uint8), optimizer, step=0)
+        ddpm.update(Batch(batch.to(torch.uint8)), optimizer, step=0)
         gradients.append(torch.cat([p.grad.flatten() for p in ddpm.unet.parameters()]))
     assert cosine_similarity(*gradients, dim=0) > 0.999
     assert not torch.equal(*gradients)
 
 
 def test_bfloat16_samples_are_near():
-    pictures = []
+    images = []
     ddpm = tiny_ddpm().eval()
-    for bf16 in (False, True):
-        steps = make_steps(
-            ddpm.diffusion, sampler="dpm++", variance="large", eta=0.0, timesteps=10,
-            spacing="trailing",
-        )  # fmt: skip
+    steps = steps_of(ddpm.diffusion, "dpm++", n=10)
+    for precision in ("float32", "bfloat16"):
         before = ddpm.ema.conv_in.weight.clone()
-        net = ddpm.sampling_net(bf16=bf16)
-        pictures.append(ddpm.sample(steps, [0, 1], net=net).float())
+        denoiser = make_denoiser(at_precision(ddpm.ema, precision), ddpm.diffusion)
+        images += [x.float() for _, x in generate(denoiser, steps, [0, 1], shape=(1, 8, 8))]
         assert ddpm.ema.conv_in.weight.dtype == torch.float32
         assert torch.equal(ddpm.ema.conv_in.weight, before)
-    assert 0 < (pictures[0] - pictures[1]).abs().mean() < 6
-
-
-class NoTrainer:
-    world_size, global_step = 1, 0
-
-    class strategy:
-        reduce = staticmethod(lambda tensor, reduce_op: tensor)
+    assert 0 < (images[0] - images[1]).abs().mean() < 6
 
 
 def test_micro_batches_shrink_until_they_fit(monkeypatch, capsys):
-    ddpm = tiny_ddpm("training.compile=true")
-    ddpm.trainer = NoTrainer()
-    monkeypatch.setattr(ddpm.unet, "compile", lambda: None)
-
     def limited(x, t):
         if len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return ddpm.unet(x, t)
 
-    monkeypatch.setattr(ddpm, "_train_net", limited)
-    ddpm.on_fit_start()
-    assert ddpm.micro == 2
-    assert "micro-batches of 4" in capsys.readouterr().out
+    ddpm = tiny_ddpm("hardware.compile=true")
+    monkeypatch.setattr(ddpm.unet, "compile", lambda: None)
+    monkeypatch.setattr(ddpm, "train_network", limited)
+    assert FitIntoMemory(ddpm.config).prepare(ddpm) == 2
+    assert "8 images do not fit in memory: micro-batches of 4" in capsys.readouterr().out
     assert all(p.grad is None for p in ddpm.parameters())
 
-    chosen = tiny_ddpm("training.compile=true", "training.micro_batch_size=4")
-    chosen.trainer = NoTrainer()
-    monkeypatch.setattr(chosen.unet, "compile", lambda: None)
-    monkeypatch.setattr(chosen, "_train_net", limited)
+    config = tiny_ddpm("hardware.compile=true", "hardware.micro_batch_size=4").config
     with pytest.raises(ValueError, match="micro-batches of 4 do not fit in the memory"):
-        chosen.on_fit_start()
+        FitIntoMemory(config).prepare(ddpm)
 
 
 def test_where_nothing_can_be_compiled_training_goes_on(monkeypatch, capsys):
-    ddpm = tiny_ddpm("training.compile=true")
-    ddpm.trainer = NoTrainer()
+    ddpm = tiny_ddpm("hardware.compile=true")
 
     def broken(*_, **__):
         raise RuntimeError("no compiler was found\nand much more")
@@ -242,12 +227,12 @@ def test_where_nothing_can_be_compiled_training_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(ddpm.unet, "compile", lambda: setattr(
         ddpm.unet, "_compiled_call_impl", broken
     ))  # fmt: skip
-    ddpm.on_fit_start()
+    assert FitIntoMemory(ddpm.config).prepare(ddpm) == 8
     assert capsys.readouterr().out == (
-        "training.compile: cannot be done here, going on without (no compiler was found)\n"
+        "hardware.compile: cannot be done here, going on without (no compiler was found)\n"
     )
     optimizer = ddpm.configure_optimizers()
-    ddpm.update(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), optimizer, step=0)
+    ddpm.update(Batch(torch.zeros(8, 1, 8, 8, dtype=torch.uint8)), optimizer, step=0)
 
 
 @pytest.mark.parametrize("forced", [False, True])
@@ -255,9 +240,10 @@ def test_a_loaded_model_answers_in_float32_wherever_it_is(forced, monkeypatch):
     """To the bit what it answers on a machine without bfloat16; images may differ, and say so."""
     monkeypatch.setenv("DDPM_BF16", str(int(forced)))
     assert has_bf16(torch.device("cpu")) == forced
-    ddpm = load_ddpm("pretrained/digits.safetensors")
+    model = load_model("pretrained/digits.safetensors")
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 10, 500, 999])
-    exact = load_ddpm("pretrained/digits.safetensors").net.double()
-    error = (ddpm(x, t) - exact(x.double(), t)).abs().max()
+    exact = load_model("pretrained/digits.safetensors").network.double()
+    error = (model(x, t) - exact(x.double(), t)).abs().max()
     assert error < 1e-5
-    assert uses_bf16(ddpm.config, torch.device("cpu")) == forced
+    precision = resolve_precision(model.config, torch.device("cpu"))
+    assert precision == ("bfloat16" if forced else "float32")
