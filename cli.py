@@ -62,8 +62,6 @@ def describe(error: BaseException) -> str:
         reason = text.splitlines()[0] if text else type(error).__name__
         return f"this does not fit into memory; try less of it ({reason})"
     if isinstance(error, OSError) and error.strerror:  # as the system gives it
-        from files import advice
-
         names = [os.fsdecode(n) for n in (error.filename, error.filename2) if n is not None]
         where = f"{' -> '.join(names)}: " if names else ""
         return f"{where}{error.strerror}; {advice(error.errno)}"
@@ -96,7 +94,8 @@ if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a c
 
 import typer  # noqa: E402  (may be missing)
 
-from config import Config, SamplingConfig, check_sampling, did_you_mean  # noqa: E402
+from config import Config, SamplingConfig, check_sampling  # noqa: E402
+from files import advice, did_you_mean  # noqa: E402
 
 # ---- the terminal
 

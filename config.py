@@ -8,14 +8,13 @@ meanwhile (`evaluation`). Facts of the data, `image_size` and `channels`, are wr
 `dataset`. Defaults live here only.
 """
 
-import difflib
 import json
 import os
 import reprlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -28,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from files import parse_yaml
+from files import did_you_mean, parse_yaml
 
 
 class Section(BaseModel):
@@ -46,7 +45,7 @@ class Section(BaseModel):
 def free(default: Any = ..., **rules: Any) -> Any:
     """Return a field that may change between two parts of one run: it changes nothing learned.
 
-    Every other key keeps its value when a run continues (precision and compile: up to rounding).
+    Every other key keeps its value when a run continues.
     """
     return Field(default, json_schema_extra={"free": True}, **rules)
 
@@ -156,7 +155,7 @@ class HardwareConfig(Section):
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = free("auto")
     """auto, cpu, gpu or mps"""
-    devices: int | Literal["auto"] = free("auto")
+    devices: Annotated[int, Field(ge=1)] | Literal["auto"] = free("auto")
     """devices of each node; auto is all GPUs, or one CPU"""
     num_nodes: int = free(1, ge=1)
     """machines"""
@@ -170,13 +169,6 @@ class HardwareConfig(Section):
     """recompute activations: less memory, more time"""
     num_workers: int = free(0, ge=0, le=256)
     """processes that load images"""
-
-    @field_validator("devices")
-    @classmethod
-    def _some_devices(cls, value: int | str) -> int | str:
-        if value != "auto" and int(value) < 1:
-            raise ValueError(f"devices is {value}; give 1 or more, or auto")
-        return value
 
 
 class LoggingConfig(Section):
@@ -276,21 +268,12 @@ class Config(Section):
         return self
 
 
-class SamplingOverrides(Section):
-    """What a command that samples can be told of the config."""
-
-    sampling: SamplingConfig = SamplingConfig()
-
-
-Kind = TypeVar("Kind", Config, SamplingOverrides)
-
-
 def divisors(n: int) -> str:
     """List the divisors of n, for hints."""
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, check everything.
 
     Raises:
@@ -321,7 +304,11 @@ def apply_override(tree: dict, override: str) -> None:
     if not (equals and dot and section and name and "." not in name):
         raise ValueError(f"{override!r} is not an override; write section.key=value")
     try:
-        value = text if is_text(section, name, text) else parse_yaml(text)
+        field = Config.model_fields.get(section)
+        known = field and field.annotation.model_fields.get(name)  # type: ignore[union-attr]
+        # folders called 2024-02-03 or `my #1` stand as they are, unless quoted
+        as_it_is = known and known.annotation is str and text[:1] not in "\"'"
+        value = text if as_it_is else parse_yaml(text)
     except Exception:  # its constructors raise anything
         raise ValueError(f"{section}.{name}: {reprlib.repr(text)} is not a YAML value") from None
     values = tree.setdefault(section, {})
@@ -332,27 +319,17 @@ def apply_override(tree: dict, override: str) -> None:
     values[name] = value
 
 
-def is_text(section: str, name: str, text: str) -> bool:
-    """Tell whether a key takes text as it stands: folders called 2024-02-03 or `my #1`."""
-    field = Config.model_fields.get(section)
-    key = field and field.annotation.model_fields.get(name)
-    return bool(key) and key.annotation is str and text[:1] not in "\"'"
-
-
 MOVED = {"hardware": HardwareConfig, "logging": LoggingConfig, "evaluation": EvaluationConfig}
 
 
 def move_old_keys(tree: dict) -> list[str]:
-    """Move keys that `training` once held to their sections, in place; return them as they are now.
-
-    One that stands in both places stays, and is refused as unknown.
-    """
+    """Move what `training` once held to its sections, in place; return the keys as they are now."""
     moved = []
     training = tree.get("training")
     for key in list(training) if isinstance(training, dict) else ():
         for section, kind in MOVED.items():
             values = tree.setdefault(section, {}) if key in kind.model_fields else None
-            if isinstance(values, dict) and key not in values:
+            if isinstance(values, dict) and key not in values:  # else it is refused as unknown
                 values[key] = training.pop(key)
                 moved.append(f"{section}.{key}")
     return moved
@@ -366,28 +343,28 @@ def check_config(tree: dict, *, source: str) -> Config:
             ", ".join(moved) if len(moved) < 5 else f"{len(moved)} keys of hardware, logging, ..."
         )
         print(f"{source}: moved from training to {keys}", file=sys.stderr)
-    return _checked(Config, tree, source)
-
-
-def check_sampling(overrides: Iterable[str]) -> dict[str, Any]:
-    """Return the keys of `sampling` that `sampling.key=value` set; ValueError for any other."""
-    tree: dict = {}
-    for override in overrides:
-        apply_override(tree, override)
-    _checked(SamplingOverrides, tree, "the command line")
-    return tree.get("sampling", {})
-
-
-def _checked(kind: type[Kind], tree: dict, source: str) -> Kind:
     try:
-        return kind.model_validate(tree)
+        return Config.model_validate(tree)
     except ValidationError as error:
         faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
         raise ValueError(f"{source}:\n{faults}") from None
 
 
+def check_sampling(overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the keys of `sampling` that `sampling.key=value` set; ValueError for any other."""
+    tree: dict[str, dict] = {"sampling": {}}
+    for override in overrides:
+        apply_override(tree, override)
+        if len(tree) > 1:
+            raise ValueError(f"{override}: here only sampling.key=value can be said")
+    run = {"dataset": {"name": "digits", "image_size": 32}, "training": {"max_steps": 1}}
+    check_config(run | {"diffusion": {"timesteps": 10**6}} | tree, source="the command line")
+    return tree["sampling"]
+
+
 def _explain(fault: dict) -> str:
-    where = ".".join(str(part) for part in fault["loc"] if part not in ("int", "literal['auto']"))
+    kinds = "int", "constrained-int", "literal['auto']"  # of a union
+    where = ".".join(str(part) for part in fault["loc"] if part not in kinds)
     if fault["type"] == "extra_forbidden":
         section = fault["loc"][0]
         known = Config.model_fields
@@ -425,11 +402,3 @@ def differences(old: Config, new: Config, *, learned: bool = False) -> list[str]
             if value != other and not (learned and fields[key].json_schema_extra):
                 lines.append(f"{section}.{key}: {json.dumps(value)} -> {json.dumps(other)}")
     return lines
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return '; did you mean X?' where something near is known, else the list."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; there are: {', '.join(known)}" if known else ""

@@ -112,14 +112,7 @@ class GaussianDiffusion:
     def alpha_bar(self, t: int | Tensor) -> Any:
         """Return the share of x_0's variance that is left in x_t; 1 at t = -1.
 
-        Args:
-            t: an int, or integers of any shape.
-
-        Returns:
-            A float, or float64 of t's shape on the CPU.
-
-        Raises:
-            ValueError: t outside -1 ... T - 1.
+        A float for an int, float64 on the CPU for a tensor; ValueError for t outside -1 ... T - 1.
         """
         index = np.asarray(t.cpu() if isinstance(t, Tensor) else t)
         if np.any(index < -1) or np.any(index >= self.timesteps):
@@ -128,17 +121,14 @@ class GaussianDiffusion:
         return torch.from_numpy(value) if isinstance(t, Tensor) else float(value)
 
     def _at(self, t: int | Tensor, like: Tensor, *names: str) -> list[Any]:
-        """Return columns at t, as floats or as [B, 1, 1, 1].
-
-        The float64 columns are rounded once to `like`'s type and kept on its device, so that a
-        training step gathers without waiting for the device.
-        """
+        """Return columns at t, as floats or as [B, 1, 1, 1] of `like`'s type and device."""
         if not isinstance(t, Tensor):
             self.alpha_bar(t)  # raises where t is outside
             return [float(self._columns[name][t]) for name in names]
         return [self._on_device(name, like)[t].view(-1, 1, 1, 1) for name in names]
 
     def _on_device(self, name: str, like: Tensor) -> Tensor:
+        # rounded and moved once: a training step gathers without waiting for the device
         key = name, like.device, like.dtype
         if key not in self._cache:
             column = torch.from_numpy(self._columns[name])
@@ -249,10 +239,13 @@ def make_steps(
     Raises:
         ValueError: unknown names, or a number of steps that the spacing cannot have.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
-    if variance not in ("large", "small"):
-        raise ValueError(f"variance {variance!r} is not large or small")
+    for name, value, known in (
+        ("sampler", sampler, SAMPLERS),
+        ("variance", variance, ("large", "small")),
+        ("spacing", spacing, SPACINGS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta} is outside 0 ... 1")
     times = [*spaced_timesteps(diffusion, timesteps, spacing), -1]
@@ -260,11 +253,11 @@ def make_steps(
 
 
 def ddpm_steps(
-    diffusion: GaussianDiffusion, times: list[int], *, variance: str, eta: float
+    diffusion: GaussianDiffusion, times: list[int], *, variance: str, **_: Any
 ) -> list[Step]:
     """Return Algorithm 2: DDIM's row with eta 1 (Eq. 7), `large` with the variance of beta."""
     steps = []
-    for step in ddim_steps(diffusion, times, variance=variance, eta=1.0):
+    for step in ddim_steps(diffusion, times, eta=1.0):
         if variance == "large" and step.s >= 0:
             ratio = diffusion.alpha_bar(step.t) / diffusion.alpha_bar(step.s)
             step = step._replace(sigma=math.sqrt(1 - ratio))
@@ -273,7 +266,7 @@ def ddpm_steps(
 
 
 def ddim_steps(
-    diffusion: GaussianDiffusion, times: list[int], *, variance: str, eta: float
+    diffusion: GaussianDiffusion, times: list[int], *, eta: float, **_: Any
 ) -> list[Step]:
     """Return DDIM's table (Song et al. 2020, Eq. 12 and 16)."""
     steps = []
@@ -285,35 +278,38 @@ def ddim_steps(
     return steps
 
 
-def dpm_steps(
-    diffusion: GaussianDiffusion, times: list[int], *, variance: str, eta: float
-) -> list[Step]:
-    """Return DPM-Solver++(2M), second-order multistep; h is a step of the half log SNR."""
-    steps: list[Step] = []
+def dpm_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list[Step]:
+    """Return DPM-Solver++(2M): second-order multistep, without noise."""
+    return second_order(diffusion, ddim_steps(diffusion, times, eta=0.0))
+
+
+def second_order(diffusion: GaussianDiffusion, steps: list[Step]) -> list[Step]:
+    """Extrapolate x0_hat along each step from the last two estimates (Lu et al. 2022, Alg. 2).
+
+    h is a step of the half log SNR.
+    """
+    found: list[Step] = []
     h_last = None
-    for step in ddim_steps(diffusion, times, variance=variance, eta=0.0):
+    for step in steps:
         if step.s >= 0:
-            h = half_log_snr(diffusion.alpha_bar(step.s)) - half_log_snr(
-                diffusion.alpha_bar(step.t)
-            )
+            here, there = (half_log_snr(diffusion.alpha_bar(t)) for t in step[:2])
+            h = there - here
             if h_last is not None:
                 (c_0,) = step.x0
                 step = step._replace(x0=(c_0 * (1 + h / (2 * h_last)), -c_0 * h / (2 * h_last)))
             h_last = h
-        steps.append(step)
-    return steps
+        found.append(step)
+    return found
 
 
-def heun_steps(
-    diffusion: GaussianDiffusion, times: list[int], *, variance: str, eta: float
-) -> list[Step]:
+def heun_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list[Step]:
     """Return Heun's method on the probability-flow ODE (Karras et al. 2022, Algorithm 1).
 
-    In x / sqrt(alpha_bar) and r = noise / signal the slope is (x - x0_hat) / r. An Euler row (DDIM)
-    goes to s; a second row asks the network there and replaces the slope by the mean of both.
+    In x / sqrt(alpha_bar) and r = noise / signal the slope is (x - x0_hat) / r: an Euler row (DDIM)
+    goes to s, a second asks the network there and takes the mean of both slopes.
     """
     steps: list[Step] = []
-    for euler in ddim_steps(diffusion, times, variance=variance, eta=0.0):
+    for euler in ddim_steps(diffusion, times, eta=0.0):
         steps.append(euler)
         if euler.s < 0:  # r = 0: the slope has no value
             continue
@@ -352,8 +348,6 @@ def spaced_timesteps(diffusion: GaussianDiffusion, count: int | None, spacing: s
     if count == 1 < T and spacing != "trailing":
         raise ValueError(f"spacing {spacing} with 1 step would not start in noise; use trailing")
     visible = int(np.count_nonzero(diffusion._alpha_bar[:-1]))
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing {spacing!r} is not one of {', '.join(SPACINGS)}")
     if spacing == "logsnr":
         known = [half_log_snr(diffusion.alpha_bar(t)) for t in range(visible)]
         wanted = np.linspace(known[-1], known[0], count)

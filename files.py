@@ -1,12 +1,13 @@
 """Files: written whole or not at all, with what is said where one cannot be; YAML read."""
 
+import difflib
 import errno
 import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,11 @@ _Loader.construct_mapping = _no_duplicate_keys  # type: ignore[method-assign]
 def parse_yaml(text: str) -> Any:
     """Return plain data."""
     return yaml.load(text, _Loader)  # safe: _Loader is yaml.SafeLoader with better floats
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return '; did you mean X?' where something near is known, else the list."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; there are: {', '.join(known)}" if known else ""
