@@ -35,7 +35,7 @@ def make_denoiser(
         compiled: by torch.compile, on first use.
     """
     device = next(network.parameters()).device
-    known = sorted(set(times))
+    known = list(dict.fromkeys(times))  # in their order: rows elsewhere round otherwise
     with torch.no_grad():
         rows = network.embed(torch.tensor(known, device=device)).split(1) if known else ()
     embeddings = dict(zip(known, rows, strict=True))
