@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from config import Config, load_config
-from dialects import to_diffusers
-from hardware import count_flops, matmul_peak, memory_there, peak_memory, si, timed
-from pl_utils import has_bf16
+from model import has_bf16
+from training.hardware import count_flops, memory, si, timed
+from weights.dialects import to_diffusers
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
@@ -33,7 +33,7 @@ AS_THEY_SHIP = (
 
 
 class Options(NamedTuple):
-    """Of one race."""
+    """Options of one race."""
 
     image_size: int
     batch_size: int
@@ -45,7 +45,7 @@ class Options(NamedTuple):
         return has_bf16(self.device)
 
     def config(self, *overrides: str) -> Config:
-        """The paper's network for pictures of this size."""
+        """Return the paper's network for images of this size."""
         name = {32: "cifar10", 256: "celeba"}[self.image_size]
         batch = f"training.batch_size={self.batch_size}"
         return load_config(ROOT / f"configs/{name}.yml", [batch, *overrides])
@@ -62,7 +62,7 @@ Builder = Callable[[Options], Contestant]
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is any."""
+    """Return the device; `auto` is CUDA where there is any."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -72,7 +72,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def wake(net: nn.Module) -> nn.Module:
-    """Layers that start near zero, drawn at a usual size: else denormals slow the first steps."""
+    """Draw layers that start near zero at a usual size: else denormals slow the first steps."""
     for parameter in net.parameters():
         if parameter.ndim > 1 and parameter.std() < 1e-3:
             nn.init.xavier_uniform_(parameter)
@@ -91,7 +91,7 @@ def diffusers_net(options: Options) -> nn.Module:
 
 
 def denoising_diffusion_net(options: Options) -> nn.Module:
-    """Its U-Net with our widths, and full attention where we have attention."""
+    """Return its U-Net with our widths, and full attention where we have attention."""
     from denoising_diffusion_pytorch import Unet
 
     model = options.config().model
@@ -106,7 +106,7 @@ def denoising_diffusion_net(options: Options) -> nn.Module:
 
 
 def equip(net: nn.Module, options: Options) -> nn.Module:
-    """A peer's network for the fair race: channels_last, bfloat16 autocast, compiled if asked."""
+    """Give a peer channels_last and bfloat16 autocast for the fair race; compile it if asked."""
     net.to(memory_format=torch.channels_last)
     forward = net.forward
     call = lambda *arguments, **named: forward(*arguments, **named)
@@ -124,7 +124,7 @@ def equip(net: nn.Module, options: Options) -> nn.Module:
 
 
 def with_tf32(turn: Callable, allowed: bool) -> Callable:
-    """`turn` with TF32 for matrix products in float32 on CUDA; PyTorch ships without."""
+    """Return `turn` with TF32 for float32 matrix products on CUDA; PyTorch ships without."""
 
     def run():
         torch.set_float32_matmul_precision("high" if allowed else "highest")
@@ -134,7 +134,7 @@ def with_tf32(turn: Callable, allowed: bool) -> Callable:
 
 
 def flops_of(net: nn.Module, image_size: int) -> tuple[int, int]:
-    """Of one picture, forward and in training; counted on a copy without numbers."""
+    """Return the FLOPs of one image, forward and in training; counted on the meta device."""
     with torch.device("meta"):
         x, t = torch.empty(1, 3, image_size, image_size), torch.zeros(1, dtype=torch.long)
         return count_flops(copy.deepcopy(net).to("meta"), x, t)
@@ -143,15 +143,26 @@ def flops_of(net: nn.Module, image_size: int) -> tuple[int, int]:
 # ---- races
 
 
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of the best of five blocks of large square matrix products."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    once = min(timed(lambda: a @ b, device) for _ in range(2))
+    count = max(1, round(0.1 / once))
+    block = lambda: [torch.mm(a, b, out=c) for _ in range(count)]
+    c = torch.empty_like(a)
+    return 2 * n**3 * count / min(timed(block, device) for _ in range(5))
+
+
 def line_up(ours: dict[str, Builder], peers: dict[str, Builder], options: Options, *, fair: bool):
-    """Who takes turns: ours, the peers as they ship, and those with all that they can be given."""
+    """Return who takes turns: ours, the peers as they ship, and with all that they can be given."""
     extra = " + bfloat16" * options.bf16 + " + channels_last" + " + compiled" * options.compile
     equipped = {f"{name}{extra}": partial(build, fair=True) for name, build in peers.items()}
     return ours | peers | (equipped if fair else {})
 
 
 def in_turn(builders: dict[str, Builder], options: Options, rounds: int):
-    """Seconds of each contestant's turns, A, B, C, A, B, C, ..., and the FLOPs of one."""
+    """Return seconds of each contestant's turns, A, B, A, B, ..., and the FLOPs of one."""
     contestants = {}
     for name, build in builders.items():
         report(f"{name}: warming up")
@@ -167,7 +178,7 @@ def in_turn(builders: dict[str, Builder], options: Options, rounds: int):
 
 
 def memory_alone(build: Builder, options: Options) -> float:
-    """GiB that a fresh process which takes two turns uses at most, libraries included on a CPU."""
+    """Return the most GiB of a fresh process that takes two turns; on a CPU with libraries."""
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     process = context.Process(target=_two_turns, args=(build, options, queue))
@@ -180,7 +191,7 @@ def _two_turns(build: Builder, options: Options, queue) -> None:
     contestant = build(options)
     for _ in range(2):
         timed(contestant.turn, options.device)
-    queue.put(peak_memory(options.device))
+    queue.put(memory(options.device)[0])
 
 
 def race_table(
@@ -192,16 +203,16 @@ def race_table(
     calls: int,
     images: float,
 ) -> str:
-    """Markdown of a race.
+    """Return Markdown of a race.
 
     Args:
         base: the contestant that the ratios are against.
-        calls: of the network in a turn. images: that a turn finishes.
+        calls: network calls in a turn. images: images that a turn finishes.
     """
-    memory = {}
+    gibibytes = {}
     for name, build in builders.items():
         report(f"{name}: memory, in a process of its own")
-        memory[name] = memory_alone(build, options)
+        gibibytes[name] = memory_alone(build, options)
     seconds, flops = in_turn(builders, options, rounds)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     peak = matmul_peak(options.device, dtype)
@@ -216,7 +227,7 @@ def race_table(
                 digits(images / median),
                 f"{flops[name] / median / peak:.1%}",
                 f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})",
-                f"{memory[name]:.2f}",
+                f"{gibibytes[name]:.2f}",
             ]
         )
     heads = ["", "s a step", "images/s", "MFU", f"times as fast as {base}", "GiB"]
@@ -242,12 +253,12 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def digits(value: float) -> str:
-    """Four digits, never an exponent of ten that a person would not write."""
+    """Return four digits, never an exponent of ten that a person would not write."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def environment(device: torch.device) -> str:
-    """Hardware, versions, commit and command."""
+    """Return hardware, versions, commit and command."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -272,7 +283,7 @@ def environment(device: torch.device) -> str:
     words = [word for word in sys.argv[1:] if word != "--write"]
     return (
         f"`python benchmarks/{shlex.join([script, *words])}` on {name}, "
-        f"{memory_there(device) / 2**30:.0f} GiB; {', '.join(versions)}; commit "
+        f"{memory(device)[1] / 2**30:.0f} GiB; {', '.join(versions)}; commit "
         f"{git('rev-parse', '--short', 'HEAD').strip()}{changed}."
     )
 

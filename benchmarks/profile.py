@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated
 
 sys.path.pop(0)  # this folder: its train, sample and profile are not those meant
@@ -36,15 +35,17 @@ from benchmarks.common import (
     wake,
 )
 from benchmarks.loader import array_loader, loader_table
+from cli import quiet_libraries
 from config import load_config
-from data import Data
+from dataset import Batch
 from diffusion_utils import make_steps
-from dry_run import flops_per_picture
-from hardware import si, timed
-from model import Attention
-from pl_utils import DDPM, SeedNoise
-from terminal import quiet_libraries
-from trainer import build_trainer
+from generation import SeedNoise, generate, make_denoiser
+from model import Attention, at_precision
+from pl_utils import DDPM
+from training import ImageData, build_trainer
+from training.datamodule import open_images, train_batches
+from training.dry_run import flops_per_image
+from training.hardware import si, timed
 
 KINDS = {  # the first that matches an operation or, if none does, what called it
     "convolutions": r"conv",
@@ -114,7 +115,7 @@ def step_table(options: Options, steps: int) -> str:
     def run(first: int, count: int) -> None:
         for step in range(first, first + count):
             with record_function("data"):
-                batch = next(loader).to(options.device, non_blocking=True)
+                batch = Batch(next(loader).images.to(options.device, non_blocking=True))
             ddpm.update(batch, optimizer, step=step)
 
     on_cuda = options.device.type == "cuda"
@@ -156,7 +157,7 @@ def step_table(options: Options, steps: int) -> str:
 
 
 def lightning_table(rounds: int, steps: int) -> str:
-    overrides = ["training.accelerator=cpu", f"training.max_steps={steps}", "training.log_every=50"]
+    overrides = ["hardware.accelerator=cpu", f"training.max_steps={steps}", "logging.log_every=50"]
     config = load_config(ROOT / "configs/smoke.yml", overrides)
     seconds: dict[str, list[float]] = {"bare": [], "fit": []}
     threads = torch.get_num_threads()
@@ -184,11 +185,9 @@ def marks(steps: int) -> tuple[int, int]:
 
 
 def bare(config, steps: int) -> float:
-    data, ddpm = Data(config), DDPM(config)
-    data.setup()
-    data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1)
+    ddpm, batches = DDPM(config), train_batches(open_images(config)["train"], config)
     optimizer, (first, last) = ddpm.configure_optimizers(), marks(steps)
-    for step, batch in enumerate(data.train_dataloader(), start=1):
+    for step, batch in enumerate(batches, start=1):
         ddpm.update(batch, optimizer, step=step - 1)
         if step == first:
             began = time.perf_counter()
@@ -209,7 +208,7 @@ def fit(config, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(config, Path(folder, "run"), Console(quiet=True))
         trainer.callbacks.append(clock := Clock())
-        trainer.fit(DDPM(config), Data(config))
+        trainer.fit(DDPM(config), ImageData(config))
     return (clock.times[last] - clock.times[first]) / (last - first)
 
 
@@ -217,16 +216,16 @@ def fit(config, steps: int) -> float:
 
 
 def growth_tables(options: Options, rounds: int) -> str:
-    """The CIFAR-10 network on larger pictures, larger batches and more sampling steps."""
+    """The CIFAR-10 network on larger images, larger batches and more sampling steps."""
     calls = 1 if options.device.type == "cpu" else 40
     sizes = []
     for size in (32, 64, 128, 256):
-        report(f"growth: pictures of {size}")
+        report(f"growth: images of {size}")
         ddpm, call, step = growing(options, size, 1, calls)
         sizes.append(
             [
                 str(size),
-                si(flops_per_picture(ddpm.config)[0], "FLOP"),
+                si(flops_per_image(ddpm.config)[0], "FLOP"),
                 digits(middle(call, options, rounds) / calls * 1e3),
                 digits(middle(step, options, rounds) * 1e3),
             ]
@@ -243,18 +242,18 @@ def growth_tables(options: Options, rounds: int) -> str:
             ]
         )
     ddpm, *_ = growing(options, 32, 1, calls)
-    net, counts = ddpm.sampling_net(), []
+    counts = []
     for count in (5, 10, 20, 40):
         report(f"growth: {count} sampling steps")
-        turn = partial(ddpm.sample, ddpm_steps(ddpm)[:count], [0], net=net)
+        turn = sampling(ddpm, count, 1)
         counts.append([str(count), digits(middle(turn, options, rounds) / count * 1e3)])
     return "\n\n".join(
         [
-            f"The CIFAR-10 network, medians of {rounds}. Pictures, batch 1:",
+            f"The CIFAR-10 network, medians of {rounds}. Images, batch 1:",
             markdown(["side", "forward", "ms a sampling step", "ms a training step"], sizes),
             "Batches, 32x32:",
             markdown(["batch", "images/s of one sampling step", "images/s in training"], batches),
-            "Sampling steps, one picture:",
+            "Sampling steps, one image:",
             markdown(["steps", "ms a step"], counts),
         ]
     )
@@ -273,15 +272,22 @@ def growing(options: Options, size: int, batch: int, calls: int):
     )
     ddpm = DDPM(config).to(options.device)
     wake(ddpm.unet), wake(ddpm.ema)
-    net, optimizer = ddpm.sampling_net(), ddpm.configure_optimizers()
-    pictures = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-    pictures = pictures.to(options.device)
-    call = partial(ddpm.sample, ddpm_steps(ddpm)[:calls], list(range(batch)), net=net)
-    return ddpm, call, partial(ddpm.update, pictures, optimizer, step=1)
+    optimizer = ddpm.configure_optimizers()
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    images = Batch(images.to(options.device))
+    return ddpm, sampling(ddpm, calls, batch), partial(ddpm.update, images, optimizer, step=1)
 
 
-def ddpm_steps(ddpm: DDPM):
-    return make_steps(ddpm.diffusion, **ddpm.config.sampling.model_dump())
+def sampling(ddpm: DDPM, calls: int, batch: int):
+    """Return a turn: the first `calls` sampling steps of a batch by the EMA."""
+    data = ddpm.config.dataset
+    steps = make_steps(ddpm.diffusion, **ddpm.config.sampling.model_dump())[:calls]
+    network = at_precision(ddpm.ema, ddpm.precision)
+    denoiser = make_denoiser(network, ddpm.diffusion, times=[step.t for step in steps])
+    shape = (data.channels, data.image_size, data.image_size)
+    return lambda: list(
+        generate(denoiser, steps, list(range(batch)), shape=shape, device=ddpm.device)
+    )
 
 
 def middle(turn, options: Options, rounds: int) -> float:
@@ -293,10 +299,10 @@ def middle(turn, options: Options, rounds: int) -> float:
 
 
 def noise_table(options: Options, rounds: int) -> str:
-    """A generator for each picture against one for the batch, in calls that a chain makes."""
+    """A generator for each image against one for the batch, in calls that a chain makes."""
     shape, calls, rows = (3, options.image_size, options.image_size), 128, []
     for batch in (16, 256):
-        report(f"noise: {batch} pictures")
+        report(f"noise: {batch} images")
         generators = [torch.Generator(options.device) for _ in range(batch)]
         draws = [
             partial(torch.randn, shape, generator=g, device=options.device) for g in generators
@@ -309,7 +315,7 @@ def noise_table(options: Options, rounds: int) -> str:
         for name, way in ways.items():
             run = lambda way=way: [way() for _ in range(calls)]
             rows.append([str(batch), name, digits(middle(run, options, rounds) / calls * 1e3)])
-    return markdown(["pictures", "", "ms a step"], rows)
+    return markdown(["images", "", "ms a step"], rows)
 
 
 # ---- memory
@@ -320,8 +326,8 @@ def training(options: Options, recompute: bool) -> Contestant:
     wake(ddpm.unet).recompute = recompute
     optimizer, size = ddpm.configure_optimizers(), options.image_size
     batch = torch.randint(0, 256, (options.batch_size, 3, size, size), dtype=torch.uint8)
-    turn = partial(ddpm.update, batch.to(options.device), optimizer, step=1)
-    return Contestant(turn, flops_per_picture(ddpm.config)[1] * options.batch_size)
+    turn = partial(ddpm.update, Batch(batch.to(options.device)), optimizer, step=1)
+    return Contestant(turn, flops_per_image(ddpm.config)[1] * options.batch_size)
 
 
 def memory_table(options: Options, rounds: int) -> str:
@@ -362,7 +368,7 @@ def main(
         "lightning": f"What Lightning adds, {place.type}",
         "growth": f"How cost grows, {place.type}",
         "memory": f"Activation checkpointing, {shape}",
-        "noise": f"Noise of its own for each picture, {options.image_size}x{options.image_size}, "
+        "noise": f"Noise of its own for each image, {options.image_size}x{options.image_size}, "
         f"{place.type}",
         "loader": f"Whether the data keeps up, {place.type}",
     }

@@ -27,23 +27,28 @@ from benchmarks.common import (
     wake,
     with_tf32,
 )
-from dialects import to_diffusers
-from diffusion_utils import make_steps
-from dry_run import flops_per_picture
-from pl_utils import DDPM
+from diffusion_utils import GaussianDiffusion, make_steps
+from generation import generate, make_denoiser
+from model import at_precision, build_network
+from training.dry_run import flops_per_image
+from weights.dialects import to_diffusers
 
 T = 1000
 
 
 def ours(options: Options, calls: int, compiled: bool = False) -> Contestant:
-    ddpm = DDPM(options.config()).to(options.device).eval()
-    wake(ddpm.ema)
-    steps = make_steps(ddpm.diffusion, **(ddpm.config.sampling.model_dump() | {"sampler": "ddpm"}))[
-        :calls
-    ]
-    net = ddpm.sampling_net(10**6 if compiled else 1)
-    flops = flops_per_picture(ddpm.config)[0] * options.batch_size * calls
-    turn = lambda: ddpm.sample(steps, list(range(options.batch_size)), net=net).cpu()
+    config = options.config()
+    network = wake(build_network(config)).to(options.device, memory_format=torch.channels_last)
+    network = at_precision(network.eval(), "bfloat16" if options.bf16 else "float32")
+    diffusion = GaussianDiffusion(**config.diffusion.model_dump())
+    sampling = config.sampling.model_dump() | {"sampler": "ddpm"}
+    steps = make_steps(diffusion, **sampling)[:calls]
+    times = [step.t for step in steps]
+    denoiser = make_denoiser(network, diffusion, times=times, compiled=compiled)
+    shape = (config.dataset.channels, options.image_size, options.image_size)
+    where = {"shape": shape, "device": options.device, "batch_size": options.batch_size}
+    turn = lambda: list(generate(denoiser, steps, list(range(options.batch_size)), **where))
+    flops = flops_per_image(config)[0] * options.batch_size * calls
     return Contestant(with_tf32(turn, True), flops)
 
 

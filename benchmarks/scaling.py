@@ -1,4 +1,4 @@
-"""Images per second of the same global batch on 1 and on 2 processes of one thread each, in turn.
+"""Measure images/s of one global batch on 1 and on 2 processes of one thread each, in turn.
 
 python benchmarks/scaling.py [ROUNDS]
 """
@@ -12,16 +12,16 @@ import tempfile
 
 COMMAND = (
     "train.py configs/digits.yml training.batch_size=64 training.max_steps=120 "
-    "training.log_every=20 training.validate_every=0 training.preview_every=0 "
-    "training.save_every=0 training.accelerator=cpu"
+    "logging.log_every=20 evaluation.validate_every=0 logging.preview_every=0 "
+    "logging.save_every=0 hardware.accelerator=cpu"
 )
 
 
 def images_per_second(devices: int, folder: str) -> float:
     arguments = [
         *COMMAND.split(),
-        f"training.devices={devices}",
-        f"training.results_folder={folder}",
+        f"hardware.devices={devices}",
+        f"logging.results_folder={folder}",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     output = subprocess.run(

@@ -32,10 +32,11 @@ from benchmarks.common import (
     wake,
     with_tf32,
 )
-from dry_run import flops_per_picture
+from dataset import Batch
 from pl_utils import DDPM
+from training.dry_run import flops_per_image
 
-STEPS = 800_000  # what a learning rate's schedule is told
+STEPS = 800_000  # of the learning rate's schedule
 
 
 def ours(options: Options, compiled: bool = False) -> Contestant:
@@ -46,14 +47,14 @@ def ours(options: Options, compiled: bool = False) -> Contestant:
     optimizer = ddpm.configure_optimizers()
     size = options.image_size
     batch = torch.randint(0, 256, (options.batch_size, 3, size, size), dtype=torch.uint8)
-    batch, step = batch.to(options.device), 0
+    batch, step = Batch(batch.to(options.device)), 0
 
     def turn():
         nonlocal step
         ddpm.update(batch, optimizer, step=step)
         step += 1
 
-    flops = flops_per_picture(ddpm.config)[1] * options.batch_size
+    flops = flops_per_image(ddpm.config)[1] * options.batch_size
     return Contestant(with_tf32(turn, True), flops)
 
 
@@ -96,7 +97,7 @@ def diffusers(options: Options, fair: bool = False) -> Contestant:
 
 
 def denoising_diffusion(options: Options, fair: bool = False) -> Contestant:
-    """As its Trainer: Adam, clipping, the average every ten steps."""
+    """As its Trainer: Adam, clipping, the EMA every ten steps."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA
 
@@ -148,7 +149,7 @@ def main(
         f"A training step, {image_size}x{image_size}, batch {batch_size}, {place.type}{with_all}",
         f"{environment(place)}\n\n"
         f"{table} {AS_THEY_SHIP} "
-        "denoising-diffusion-pytorch is not the same work: another network, and the average every "
+        "denoising-diffusion-pytorch is not the same work: another network, and the EMA every "
         "tenth step.",
         write=write,
     )
