@@ -95,6 +95,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Number of devices. Default: every GPU, or one CPU.")
     ] = None,
 ):
+    asked = dict(locals())  # as `Options` has them, one by one
     console = plain_console(quiet=not is_main_process())
     began, goes_on = False, "nothing is kept without --save-images"
     try:
@@ -102,25 +103,7 @@ def evaluate(
         from evaluation.distributed import OnEachDevice, build_predictor
         from evaluation.run import Measurement, Options
 
-        options = Options(
-            source=source,
-            sampling=sampling,
-            metrics=metrics,
-            num_images=num_images,
-            reference=reference,
-            output=output,
-            save_images=save_images,
-            extractor=extractor,
-            extractor_weights=extractor_weights,
-            split=split,
-            nll_images=nll_images,
-            stride=stride,
-            seed=seed,
-            weights=weights,
-            precision=precision,
-            batch_size=batch_size,
-            device=usable_device(device),
-        )
+        options = Options(**asked | {"device": usable_device(device)})
         trainer = build_predictor(options.device, devices)
         measurement = Measurement(options, console)
         if save_images:

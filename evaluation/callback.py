@@ -7,10 +7,9 @@ import torch
 from rich.console import Console
 
 from config import Config
-from evaluation.distributed import Ranks
+from evaluation.distributed import Ranks, reference_statistics
 from evaluation.extractor import load_extractor
 from evaluation.metrics import Tally, compute
-from evaluation.reference import reference_statistics
 from generation import quick_steps
 from pl_utils import DDPM, quick_images
 from training import Checkpoints
@@ -50,7 +49,8 @@ class Evaluation(pl.Callback):
         assert isinstance(module, DDPM)
         count = self.settings.evaluate_images
         tally = Tally.of(self.extractor, count, self.shape, keep=count)
-        signals = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        signals = next(c for c in callbacks if isinstance(c, Checkpoints))
         module.eval()
         for batch in self.ranks.share(count, BATCH):
             if signals.signalled():  # all ranks ask together

@@ -1,8 +1,12 @@
 """Numbers of many images by all devices together: each takes a share, then sums are added up."""
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,9 +18,11 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dataset import FolderImages, Images
 from evaluation.extractor import Extractor
-from evaluation.metrics import Tally
+from evaluation.metrics import KEPT, Statistics, Tally, load_statistics, save_statistics
 
+Advance = Callable[[float], object]  # hears how many images more are done
 PATIENCE = timedelta(days=7)  # a rank may be slower than the others; that is no failure
 
 
@@ -28,7 +34,7 @@ class Ranks:
         self.is_first = trainer.is_global_zero
         self.device = trainer.strategy.root_device
         several = self.count > 1
-        self._hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
+        self._hosts: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
 
     def share(self, count: int, batch_size: int) -> list[list[int]]:
         """Return this rank's batches of range(count), as many as others': the last may be empty.
@@ -70,6 +76,58 @@ class Ranks:
         for rows, pixels in images:
             tally.add([row - first for row in rows], *extractor(pixels.to(self.device)))
         self.add_up(*tally.tensors())
+
+
+# ---- images that are there already
+
+
+def read(
+    images: Images | FolderImages,
+    batches: Iterable[list[int]],
+    *,
+    rows: Sequence[int] | None = None,
+    advance: Advance = lambda count: None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (batch, uint8 images) of each batch that is not empty, as `generation.generate` does.
+
+    Args:
+        rows: which image a number in a batch means; None is the number itself.
+        advance: hears after each batch how many images it had.
+    """
+    for batch in filter(None, batches):
+        yield batch, images[[rows[i] for i in batch] if rows else batch].images
+        advance(len(batch))
+
+
+def reference_statistics(
+    images: Images | FolderImages,
+    extractor: Extractor,
+    ranks: Ranks,
+    cache: Path,
+    *,
+    batch_size: int,
+    advance: Advance = lambda count: None,
+) -> Statistics | None:
+    """Return the statistics of real images, kept in `cache`; None on ranks other than 0."""
+    count, shape = len(images), images.shape
+    key = ["1", images.fingerprint(), count, list(shape), extractor.name, extractor.digest]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = cache / f"reference-{name}.npz"
+    found = None
+    if ranks.is_first and path.exists():
+        with suppress(ValueError):  # damaged: once more
+            found = load_statistics(path)
+    if ranks.first(found is not None):
+        return found
+    tally = Tally.of(extractor, count, shape, keep=KEPT)
+    ranks.measure(read(images, ranks.share(count, batch_size), advance=advance), tally, extractor)
+    if not ranks.is_first:
+        return None
+    save_statistics(path, tally.statistics())
+    return tally.statistics()
+
+
+# ---- Lightning starts the ranks
 
 
 class OnEachDevice(pl.LightningModule):

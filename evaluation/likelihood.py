@@ -62,8 +62,8 @@ def bound_term(
         nats = -log_discretised_gaussian(x_0, x0_hat, math.sqrt(v_p))
     else:  # both means hold the same c_t x_t, Eq. 8
         _, c_0, v_q = posterior(diffusion, t)
-        nats = 0.5 * (v_q / v_p - 1 - math.log(v_q / v_p))
-        nats = nats + 0.5 * c_0**2 / v_p * (x_0 - x0_hat).square()
+        spread = 0.5 * (v_q / v_p - 1 - math.log(v_q / v_p))
+        nats = spread + 0.5 * c_0**2 / v_p * (x_0 - x0_hat).square()
     return nats.flatten(1).mean(1) / math.log(2)
 
 

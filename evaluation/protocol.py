@@ -1,20 +1,18 @@
 """What is measured, by what and against what: opened, checked, and written down as a recipe."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
 from rich.progress import track
 
 from config import Config, SamplingConfig, did_you_mean, load_config
 from dataset import FolderImages, Images, sides
 from evaluation.extractor import Extractor, load_extractor
 from evaluation.metrics import Statistics, Tally, load_statistics, spread
-from evaluation.reference import RealImages
 from generation import resolve_precision, sampling_recipe
 from training.datamodule import open_images
 from weights import Model, load_model
@@ -40,21 +38,22 @@ class Options:
 
     source: Path
     sampling: dict[str, Any]  # keys of the config's section that win over the model's own
-    metrics: str | None = None
-    num_images: int | None = None
-    reference: str = "train"
-    output: Path | None = None
-    save_images: bool = False
-    extractor: str = "inception-v3-compat"
-    extractor_weights: Path | None = None
-    split: str | None = None
-    nll_images: int | None = None
-    stride: int = 1
-    seed: int = 0
-    weights: str = "ema"
-    precision: str = "auto"
-    batch_size: int = 64
-    device: str = "cpu"  # cpu, cuda, cuda:1 or mps
+    metrics: str | None
+    num_images: int | None
+    reference: str
+    output: Path | None
+    save_images: bool
+    extractor: str
+    extractor_weights: Path | None
+    split: str | None
+    nll_images: int | None
+    stride: int
+    seed: int
+    weights: Literal["ema", "raw"]
+    precision: str
+    batch_size: int
+    device: str  # cpu, cuda, cuda:1 or mps
+    devices: int | None
 
 
 class Protocol:
@@ -71,12 +70,12 @@ class Protocol:
         ValueError, OSError: for users.
     """
 
-    def __init__(self, options: Options, say: Callable[[str], None]):
-        self.options, self.say = options, say
+    def __init__(self, options: Options, console: Console):
+        self.options, self.console = options, console
         self.config: Config | None = None
         self.model: Model | None = None
-        self.images: RealImages | None = None
-        self.reference: RealImages | Statistics | None = None
+        self.images: Images | FolderImages | None = None
+        self.reference: Images | FolderImages | Statistics | None = None
         self.extractor: Extractor | None = None
         self.tally: Tally | None = None
         self.recipe: dict[str, Any] = {"source": str(options.source)}
@@ -87,7 +86,11 @@ class Protocol:
     def data(self) -> dict[str, Images]:
         """The images of the model's dataset."""
         assert self.config
-        return load_data(self.config)
+        return self._load(self.config)
+
+    def _load(self, config: Config) -> dict[str, Images]:
+        bar = partial(track, description="Decoding images", console=self.console, transient=True)
+        return open_images(config, bar if self.console.is_terminal else None)
 
     @cached_property
     def split(self) -> str:
@@ -126,10 +129,10 @@ class Protocol:
                 precision=resolve_precision(self.config, device, options.precision),
             )
             for note in self.model.notes:
-                self.say(f"assumed: {note}")
+                self.console.print(f"assumed: {note}")
             self.recipe |= {k: v for k, v in self.drawing.items() if k != "checkpoint"}
             self.shape, there = self.model.shape, 50_000
-        if self.images:
+        if self.images is not None:
             self.shape, there = self.images.shape, len(self.images)
             for key in options.sampling:
                 raise ValueError(f"--{key} is of a model, and {source} is images")
@@ -156,7 +159,7 @@ class Protocol:
         for metric in [m for m in METRICS if m in wanted and m in why_not]:
             if self.options.metrics:
                 raise ValueError(f"--metrics {metric}: {why_not[metric]}")
-            self.say(f"without {METRICS[metric]}: {why_not[metric]}")
+            self.console.print(f"without {METRICS[metric]}: {why_not[metric]}")
         if not self.metrics:
             raise ValueError(f"nothing of {self.options.source} can be measured")
         self.recipe["metrics"] = self.metrics
@@ -174,32 +177,33 @@ class Protocol:
             if self.config is None:
                 lacks = f"{self.options.source} has no dataset: say --reference"
                 return dict.fromkeys(("fid", "kid", "pr"), f"{lacks} FOLDER, CONFIG or FILE.npz")
-            real = self.reference = self.data[name]
+            real: Images | FolderImages | Statistics = self.data[name]
         elif path.suffix == ".npz":
-            real = self.reference = load_statistics(path)
+            real = load_statistics(path)
         elif path.suffix in (".yml", ".yaml"):
-            real = self.reference = load_data(load_config(path))["train"]
+            real = self._load(load_config(path))["train"]
         else:
-            fit = None if self.config is None else (self.shape[0], self.shape[1])
-            real = self.reference = FolderImages(path, fit)
-        if not isinstance(real, Statistics):
-            if not len(real):
-                raise ValueError(f"--reference {name}: the dataset has no validation images")
-            if real.shape[1:] != self.shape[1:]:
-                raise ValueError(
-                    f"--reference {name} is {sides(real.shape)}, and what is measured is "
-                    f"{sides(self.shape)}: bring them to one size"
-                )
-        statistics = isinstance(real, Statistics)
-        digest = real.digest() if statistics else real.fingerprint()
+            real = FolderImages(path, self.shape[:2] if self.config else None)
+        if isinstance(real, Statistics):
+            there, digest = real.count or self.count, real.digest()
+        elif not len(real):
+            raise ValueError(f"--reference {name}: the dataset has no validation images")
+        elif real.shape[1:] != self.shape[1:]:
+            raise ValueError(
+                f"--reference {name} is {sides(real.shape)}, and what is measured is "
+                f"{sides(self.shape)}: bring them to one size"
+            )
+        else:
+            there, digest = len(real), real.fingerprint()
+        self.reference = real
         self.recipe["reference"] = {"name": name, "digest": digest}
-        few = min(self.count, (real.count if statistics else len(real)) or self.count)
+        few = min(self.count, there)
         why_not = {
             metric: f"{few} images are too few for it, {least} are needed"
             for metric, least in {"fid": 2, "kid": 2, "pr": 4}.items()
             if few < least
         }
-        if statistics and real.features is None:
+        if isinstance(real, Statistics) and real.features is None:
             why_not |= dict.fromkeys(("kid", "pr"), f"{name} holds no features")
         return why_not
 
@@ -278,10 +282,3 @@ def holds_images(path: Path) -> bool:
         return path.suffix in (".zip", ".tar")
     marks = "checkpoints", "config.yml", "config.json", "model_index.json", "unet"
     return not any((path / mark).exists() for mark in marks)
-
-
-def load_data(config: Config) -> dict[str, Images]:
-    """Return a config's images by split; what must be decoded is shown by the main process."""
-    if rank_zero_only.rank == 0:
-        open_images(config, partial(track, description="Decoding images", transient=True))
-    return open_images(config)

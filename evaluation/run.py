@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -21,11 +21,10 @@ from rich.table import Table
 from torch import Tensor
 
 from diffusion_utils import to_uint8
-from evaluation.distributed import Ranks
+from evaluation.distributed import Advance, Ranks, read, reference_statistics
 from evaluation.likelihood import Bound, bits_per_dim, likelihood_scores
 from evaluation.metrics import Score, Statistics, compute
 from evaluation.protocol import Options, Protocol
-from evaluation.reference import read, reference_statistics
 from files import atomic_write
 from generation import chain, generate, make_denoiser, pays_to_compile
 from generation.folder import fill, missing_seeds
@@ -33,7 +32,6 @@ from model import at_precision
 from training.hardware import duration
 
 VERSIONS = "torch", "torch_fidelity", "numpy", "scipy", "pytorch_lightning"
-Advance = Callable[[float], object]  # hears how many images more are done
 
 
 class Measurement:
@@ -41,7 +39,7 @@ class Measurement:
 
     def __init__(self, options: Options, console: Console):
         self.options, self.console = options, console
-        self.protocol = protocol = Protocol(options, console.print)
+        self.protocol = protocol = Protocol(options, console)
         self.recipe = json.loads(json.dumps(protocol.recipe))
         self.seeds = [options.seed + i for i in range(protocol.count)]
         self.missing = set(self.seeds)
