@@ -1,167 +1,137 @@
 #!/usr/bin/env python3
-"""The paper's figures of a trained model."""
+"""Draw the paper's figures of a trained model."""
 
 if __name__ == "__main__":
-    import terminal
-
-    terminal.guard()  # before a package that may be missing is imported
+    import cli  # noqa: F401  (first: it speaks of packages that are missing)
 
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import track
 
-from sample import Eta, Sampler, Spacing, Timesteps, Variance, Weights
-from terminal import fail, plain_console
+from cli import Device, Seed, Weights, fail, plain_console, sampling_options, usable_device
+from config import SamplingConfig
 
 HELP = """
-The paper's figures of a trained model.
+Draw the paper's figures of a trained model.
 
 \b
 progressive      x_t, and x_0 as it is estimated from it, along the chain (Fig. 6)
-interpolation    two pictures, mixed at several t and denoised (Fig. 8 and 9)
-neighbours       samples beside the training pictures that are nearest to them
+interpolation    two images, mixed at several t and denoised (Fig. 8 and 9)
+neighbours       samples beside the training images that are nearest to them
 rate-distortion  the variational bound as a curve, beside the paper's Table 4 (Fig. 5)
 chain            the reverse process, moving
 schedule         alpha_bar, SNR and the step table of a sampler
 
-CKPT is a checkpoint or a run's folder; what is not said is as in its config. A figure that is there
-is replaced.
+CKPT is a checkpoint or a run's folder. Sampling options that are not given are those of its config.
+An existing figure is replaced.
 
 Examples:
 
 \b
   python figures.py progressive lightning_logs/digits
   python figures.py interpolation lightning_logs/digits --t 250 --t 500 \\
-      --picture one.png --picture other.png
-  python figures.py chain lightning_logs/digits --output chain.mp4
+      --image one.png --image other.png
+  python figures.py chain lightning_logs/digits --output chain.gif
 """
 
-SAMPLING = "sampler", "timesteps", "eta", "spacing", "variance"
-
-
-class Kind(NamedTuple):
-    options: tuple[str, ...]  # those that say something about it, and about not all
-    suffixes: tuple[str, ...] = (".png", ".pdf", ".svg")
-
-
-KINDS = {
-    "progressive": Kind(("num_images", *SAMPLING)),
-    "interpolation": Kind(("num_images", "t", "picture", *SAMPLING)),
-    "neighbours": Kind(("num_images", "extractor", *SAMPLING)),
-    "rate-distortion": Kind(("num_images", "variance")),
-    "chain": Kind(("num_images", *SAMPLING), (".gif", ".mp4")),
-    "schedule": Kind(SAMPLING),
+Kind = Literal["progressive", "interpolation", "neighbours", "rate-distortion", "chain", "schedule"]
+SAMPLING = tuple(SamplingConfig.model_fields)
+TAKES = {  # options that not all kinds take
+    "progressive": ("num_images", *SAMPLING),
+    "interpolation": ("num_images", "t", "image", *SAMPLING),
+    "neighbours": ("num_images", "extractor", *SAMPLING),
+    "rate-distortion": ("num_images", "variance"),
+    "chain": ("num_images", *SAMPLING),
+    "schedule": SAMPLING,
 }
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command(help=HELP)
+@sampling_options
 def figures(
-    kind: Annotated[
-        Literal[
-            "progressive", "interpolation", "neighbours", "rate-distortion", "chain", "schedule"
-        ],  # KINDS
-        typer.Argument(metavar="KIND", help="Which figure."),
-    ],
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="Which figure.")],
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run's folder.")
     ],
+    sampling: dict[str, Any],
     output: Annotated[
         Path | None,
-        typer.Option(help="A .png, .pdf or .svg; chain: .gif or .mp4. Default: figures/KIND."),
+        typer.Option(help="A .png, .pdf or .svg; for chain a .gif. Default: figures/KIND."),
     ] = None,
     num_images: Annotated[
-        int | None, typer.Option(min=1, help="Samples, pairs, or pictures to measure.")
+        int | None, typer.Option(min=1, help="Number of samples, pairs or measured images.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**62, help="Of the first picture; then + 1 each.")
-    ] = 0,
+    seed: Seed = 0,
     t: Annotated[
         list[int] | None, typer.Option(help="interpolation: where to mix; again for more rows.")
     ] = None,
-    picture: Annotated[
+    image: Annotated[
         list[Path] | None,
-        typer.Option(help="interpolation: two files. Default: pictures of the dataset."),
+        typer.Option(
+            "--image", "--picture", help="interpolation: two files. Default: validation images."
+        ),
     ] = None,
     extractor: Annotated[
         str | None,
         typer.Option(
-            help="neighbours: of features, torch-fidelity's name or a TorchScript file. "
-            "Default: the network's own middle."
+            help="neighbours: torch-fidelity's name of a feature extractor, or a TorchScript file. "
+            "Default: the network itself."
         ),
     ] = None,
-    sampler: Sampler = None,
-    timesteps: Timesteps = None,
-    eta: Eta = None,
-    spacing: Spacing = None,
-    variance: Variance = None,
     weights: Weights = "ema",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of one network call.")] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-):
-    asked = SimpleNamespace(**locals())
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one network call.")] = 256,
+    device: Device = "auto",
+) -> None:
     console = plain_console()
+    bar = partial(
+        track, description="", console=console, transient=True, disable=not console.is_terminal
+    )
+    given = {"num_images": num_images, "t": t, "image": image, "extractor": extractor}
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
-        output = check_request(asked)
-        job = prepare_job(asked, console)
-        from plates import PLATES
+        path = check_request(kind, asked | sampling, output)
+        place = usable_device(device)
+        from generation import sampling_recipe
+        from plotting import STUDIES, Study
+        from weights import load_model
 
-        PLATES[kind](job, output)
+        if kind == "rate-distortion":  # the bound is that of ddpm over all T
+            sampling |= {"sampler": "ddpm", "timesteps": None}
+        model = load_model(checkpoint, weights).to(place)
+        steps, recipe = sampling_recipe(
+            model, sampling, source=str(checkpoint), precision="float32"
+        )
+        recipe |= {"kind": kind, "seed": seed, **asked}
+        study = Study(model, steps, recipe, bar, seed=seed, batch_size=batch_size, **asked)
+        STUDIES[kind](study, path)
     except KeyboardInterrupt:
         console.print("stopped; nothing was written")
         raise typer.Exit(130) from None
     except Exception as error:
         raise typer.Exit(fail(error)) from None
-    console.print(f"figure: {output}")
+    console.print(f"figure: {path}")
 
 
-def check_request(asked: SimpleNamespace) -> Path:
-    """Where the figure goes. ValueError where an option says nothing about its kind."""
+def check_request(kind: Kind, asked: dict[str, Any], output: Path | None) -> Path:
+    """Return where the figure goes; ValueError where an option says nothing about its kind."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError("figures are drawn by matplotlib: pip install matplotlib") from None
-    kind = KINDS[asked.kind]
-    for option in ("num_images", "t", "picture", "extractor", *SAMPLING):
-        if getattr(asked, option) is not None and option not in kind.options:
-            takes = ", ".join(f"--{name.replace('_', '-')}" for name in kind.options)
-            raise ValueError(
-                f"--{option.replace('_', '-')} says nothing about {asked.kind}; it takes {takes}"
-            )
-    output = asked.output or Path("figures", f"{asked.kind}{kind.suffixes[0]}")
-    if output.suffix not in kind.suffixes:
-        raise ValueError(f"--output {output}: {asked.kind} ends in {' or '.join(kind.suffixes)}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return output
-
-
-def prepare_job(asked: SimpleNamespace, console: Console):
-    """The `plates.Job`: the model, the step table, and what is said about them."""
-    from plates import Job
-    from sample import prepare
-
-    given = {name: getattr(asked, name) for name in SAMPLING if getattr(asked, name) is not None}
-    if asked.kind == "rate-distortion":  # the bound is that of ddpm over all T
-        given |= {"sampler": "ddpm", "timesteps": None}
-    ddpm, steps, recipe = prepare(asked.checkpoint, asked.device, asked.weights, None, given)
-    path = asked.checkpoint
-    run = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
-    detail = {"ddpm": f" {recipe['variance']}", "ddim": f" eta {recipe['eta']:g}"}
-    caption = f"{run}, step {recipe['step']:,}" + (", raw weights" if ddpm.weights == "raw" else "")
-    sampling = f"{recipe['sampler']}{detail.get(recipe['sampler'], '')}, {len(steps)} steps"
-    bar = partial(
-        track, description="", console=console, transient=True, disable=not console.is_terminal
-    )
-    own = {name: getattr(asked, name) for name in ("kind", "seed", "num_images", "t", "picture")}
-    own["extractor"] = asked.extractor and str(asked.extractor)
-    recipe |= {name: value for name, value in own.items() if value is not None}
-    return Job(ddpm, steps, recipe, caption, sampling, asked, bar)
+    option = lambda name: f"--{name.replace('_', '-')}"
+    if other := [name for name in asked if name not in TAKES[kind]]:
+        takes = ", ".join(map(option, TAKES[kind]))
+        raise ValueError(f"{option(other[0])} says nothing about {kind}; it takes {takes}")
+    suffixes = (".gif",) if kind == "chain" else (".png", ".pdf", ".svg")
+    path = output or Path("figures", f"{kind}{suffixes[0]}")
+    if path.suffix not in suffixes:
+        raise ValueError(f"--output {path}: {kind} ends in {' or '.join(suffixes)}")
+    return path
 
 
 if __name__ == "__main__":

@@ -1,44 +1,80 @@
-"""What the figures show: a model's chains, mixes, neighbours and bound, as pictures and numbers."""
+"""What the figures show: a model's chains, mixes, neighbours and bound, as images and numbers."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from data import Data
-from dataset import Pictures, fit_picture
-from diffusion_utils import Step, from_uint8, reverse, to_uint8
-from drawing import Board, plot_rate_distortion, plot_schedule, write_animation, write_figure
-from likelihood import Bound, bits_per_dim
-from pl_utils import DDPM, SeedNoise
+from dataset import Images, fit_image, load_images
+from diffusion_utils import Denoiser, Step, from_uint8, reverse, to_uint8
+from evaluation.extractor import load_extractor
+from evaluation.likelihood import Bound, bits_per_dim
+from evaluation.metrics import spread
+from generation import SeedNoise, generate, make_denoiser
+from model import exact_float32
+from plotting import boards
+from plotting.boards import Board, Cells, write_figure
+from weights import Model
 
 
-class Job(NamedTuple):
-    """What a figure is made of."""
+@dataclass(frozen=True)
+class Study:
+    """A model, its step table, and what was asked of a figure."""
 
-    ddpm: DDPM
+    model: Model
     steps: list[Step]
-    recipe: dict
-    caption: str  # the run
-    sampling: str  # the sampler
-    asked: SimpleNamespace
-    track: Callable  # wraps an iterable and knows `total=`
+    recipe: dict[str, Any]
+    track: Callable[..., Iterable[Any]]  # wraps an iterable and knows `total=`
+    seed: int = 0
+    num_images: int | None = None
+    t: list[int] | None = None
+    image: list[Path] | None = None
+    extractor: str | None = None
+    batch_size: int = 256
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        times = [step.t for step in self.steps]
+        return make_denoiser(self.model.network, self.model.diffusion, times=times)
+
+    @property
+    def run(self) -> str:
+        """The name of the run, for people."""
+        path = Path(self.recipe["checkpoint"])
+        return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
 
     def __str__(self) -> str:
-        return f"{self.caption}; {self.sampling}"
+        recipe, sampler = self.recipe, self.recipe["sampler"]
+        raw = ", raw weights" if recipe["weights"] == "raw" else ""
+        detail = {"ddpm": f" {recipe['variance']}", "ddim": f" eta {recipe['eta']:g}"}
+        sampling = f"{sampler}{detail.get(sampler, '')}, {len(self.steps)} steps"
+        return f"{self.run}, step {recipe['step']:,}{raw}; {sampling}"
 
     def seeds(self, count: int) -> list[int]:
-        return list(range(self.asked.seed, self.asked.seed + (self.asked.num_images or count)))
+        return list(range(self.seed, self.seed + (self.num_images or count)))
 
-    def write(self, figure, output: Path) -> None:
-        write_figure(figure, output, recipe=json.dumps(self.recipe, default=str))
+    def noise(self, seeds: list[int]) -> SeedNoise:
+        return SeedNoise(seeds, self.model.shape, self.model.device)
+
+    def split(self) -> tuple[Images, Images]:
+        """Return the images of training, and of validation."""
+        config = self.model.config.dataset
+        keys = config.model_dump(exclude={"random_flip"})
+        loaded = load_images(**keys, progress=self.track)
+        return loaded["train"], loaded["validation"]
+
+    def unseen(self) -> tuple[Images, str]:
+        """Return the validation set, or the training set where it is empty; and which it is."""
+        train, validation = self.split()
+        return (validation, "validation") if len(validation) else (train, "training")
 
 
 # ---- the chain
@@ -47,85 +83,83 @@ class Job(NamedTuple):
 State = tuple[int, Tensor, Tensor]  # t, x_t and x0_hat, uint8 [B, C, H, W] on the CPU
 
 
-def samples(ddpm: DDPM, steps: list[Step], seeds: list[int]) -> Iterator[State]:
-    """The chains that sample.py walks for these seeds."""
-    data = ddpm.config.dataset
-    noise = SeedNoise(seeds, (data.channels, data.image_size, data.image_size), ddpm.device)
-    return states(ddpm, steps, noise(), noise)
-
-
 @torch.inference_mode()
 def states(
-    ddpm: DDPM, steps: list[Step], x: Tensor, noise: Callable[[Step], Tensor]
+    denoiser: Denoiser, steps: list[Step], x: Tensor, noise: Callable[[Step], Tensor]
 ) -> Iterator[State]:
-    """A chain from x, [B, C, H, W]: its state before each step, then (-1, x_0, x_0)."""
-    for step, x_s, x0_hat in reverse(ddpm.diffusion, ddpm, x, steps, noise):
+    """Yield a chain from x [B, C, H, W]: its state before each step, then (-1, x_0, x_0)."""
+    for step, x_s, x0_hat in reverse(denoiser, x, steps, noise):
         yield step.t, to_uint8(x).cpu(), to_uint8(x0_hat).cpu()
         x = x_s
     yield -1, to_uint8(x).cpu(), to_uint8(x).cpu()
 
 
-def some_states(job: Job, seeds: list[int], count: int) -> list[State]:
-    """About `count` states, evenly spaced over the whole chain, its ends among them."""
-    total = len(job.steps) + 1
-    kept = evenly(total, count)
-    chain = job.track(samples(job.ddpm, job.steps, seeds), total=total)
-    return [state for i, state in enumerate(chain) if i in kept]
+def some_states(study: Study, seeds: list[int], count: int) -> list[State]:
+    """Return about `count` states of the chains that sample.py walks, evenly spaced, both ends."""
+    total, noise = len(study.steps) + 1, study.noise(seeds)
+    kept = set(spread(count, total))
+    chain = states(study.denoiser, study.steps, noise(), noise)
+    return [state for i, state in enumerate(study.track(chain, total=total)) if i in kept]
 
 
-def draw_progressive(job: Job, output: Path) -> None:
-    seeds = job.seeds(4)
-    kept = some_states(job, seeds, 11)
-    cells = [[state[row][i] for state in kept] for i in range(len(seeds)) for row in (1, 2)]
+def draw_progressive(study: Study, output: Path) -> None:
+    seeds = study.seeds(4)
+    kept = some_states(study, seeds, 11)
+    rows = [[state[1:][row] for state in kept] for row in (0, 1)]  # of x_t, of x0_hat
+    cells: Cells = [[x[i] for x in row] for i in range(len(seeds)) for row in rows]
     board = Board(
         cells,
         title="Progressive generation",
-        note=f"{job}. Below each x_t what the model takes the end to be",
+        note=f"{study}. Below each x_t the model's estimate of x_0",
         columns=[*(f"{t}" for t, *_ in kept[:-1]), "sample"],
         rows=["$x_t$", r"$\hat{x}_0$"] * len(seeds),
         corner="$t$",
         column_gaps=[len(kept) - 1],
         row_gaps=range(2, len(cells), 2),
     )
-    job.write(board.figure, output)
+    write_figure(board.figure, output, study.recipe)
 
 
-def draw_chain(job: Job, output: Path) -> None:
-    seeds = job.seeds(9)
+def draw_chain(study: Study, output: Path) -> None:
+    seeds = study.seeds(9)
     across = math.ceil(math.sqrt(len(seeds)))
 
-    def grid(pictures) -> list[list]:
-        cells = [*pictures, *[None] * (-len(pictures) % across)]
+    def grid(images: Tensor) -> Cells:
+        cells = [*images, *[None] * (-len(images) % across)]
         return [cells[i : i + across] for i in range(0, len(cells), across)]
 
-    frames = (
+    frames = [
         (
             f"$t$ = {t}" if t >= 0 else "samples",
             [a + b for a, b in zip(grid(x), grid(x_0), strict=True)],
         )
-        for t, x, x_0 in some_states(job, seeds, 40)
-    )
+        for t, x, x_0 in some_states(study, seeds, 40)
+    ]
     headings = ("$x_t$", 0, across - 1), (r"$\hat{x}_0$", across, 2 * across - 1)
-    write_animation(frames, output, note=str(job), headings=headings, column_gaps=[across])
+    boards.write_animation(frames, output, note=str(study), headings=headings, column_gaps=[across])
 
 
 # ---- interpolation
 
 
 def steps_from(steps: list[Step], t: int) -> list[Step]:
-    """The part of a step table from t on, inclusive, or from the time before that it visits."""
-    start = max((step.t for step in steps if step.t <= t), default=steps[-1].t)
-    first, *rest = [step for step in steps if step.t <= start]
-    # a second-order step has none before it here: c_0 + c_1 makes it one of the first order
-    return [first._replace(c_0=first.c_0 + first.c_1, c_1=0.0), *rest]
+    """Return the part of a step table from t on, inclusive, or from the next time that it visits.
+
+    It starts where no earlier state is needed. Earlier estimates are missing there: the sum of
+    their coefficients makes the first step one of the first order.
+    """
+    starts = [i for i, step in enumerate(steps) if len(step.x) == 1]
+    start = next((i for i in starts if steps[i].t <= t), starts[-1])
+    first, *rest = steps[start:]
+    return [first._replace(x0=(sum(first.x0),)), *rest]
 
 
 def interpolate(
-    ddpm: DDPM, steps: list[Step], pair: Tensor, *, mixes: list[float], seed: int
+    study: Study, steps: list[Step], pair: Tensor, *, mixes: list[float], seed: int
 ) -> Tensor:
-    """Mixes (1 - m) x_t + m x_t' of a pair, run from t, inclusive, down to the data (section 4.3).
+    """Mix a pair as (1 - m) x_t + m x_t', and run it from t, inclusive, to the data (section 4.3).
 
-    As in the official code each picture has its own noise. Those two, and the noise of the chain,
+    As in the official code each image has its own noise. Those two, and the noise of the chain,
     are the same for all mixes and all t.
 
     Args:
@@ -134,92 +168,73 @@ def interpolate(
     Returns:
         uint8 [len(mixes), C, H, W] on the CPU.
     """
-    noise = SeedNoise([seed], tuple(pair.shape[1:]), ddpm.device)
+    noise, device = study.noise([seed]), study.model.device
     eps = torch.cat([noise(), noise()])
-    ends = ddpm.diffusion.q_sample(from_uint8(pair.to(ddpm.device)), steps[0].t, eps)
-    m = torch.tensor(mixes, device=ddpm.device).view(-1, 1, 1, 1)
-    *_, (_, x_0, _) = states(ddpm, steps, (1 - m) * ends[:1] + m * ends[1:], noise)
+    ends = study.model.diffusion.q_sample(from_uint8(pair.to(device)), steps[0].t, eps)
+    m = torch.tensor(mixes, device=device).view(-1, 1, 1, 1)
+    *_, (_, x_0, _) = states(study.denoiser, steps, (1 - m) * ends[:1] + m * ends[1:], noise)
     return x_0
 
 
-def draw_interpolation(job: Job, output: Path) -> None:
-    T, mixes = job.ddpm.diffusion.timesteps, [i / 8 for i in range(9)]
-    wanted = job.asked.t or [max(1, T * share // 8) - 1 for share in (1, 2, 3, 4, 8)]
+def draw_interpolation(study: Study, output: Path) -> None:
+    T, mixes = study.model.diffusion.timesteps, [i / 8 for i in range(9)]
+    wanted = study.t or [max(1, T * share // 8) - 1 for share in (1, 2, 3, 4, 8)]
     if out := [t for t in wanted if not 0 <= t < T]:
         raise ValueError(f"--t {out[0]} is outside 0 ... {T - 1}")
-    tables = {(table := steps_from(job.steps, t))[0].t: table for t in sorted(wanted)}
-    pairs = load_pairs(job)
+    tables = {(table := steps_from(study.steps, t))[0].t: table for t in sorted(wanted)}
+    pairs = load_pairs(study)
     work = [(i, t) for i in range(len(pairs)) for t in tables]
-    cells, rows = [], []
-    for i, t in job.track(work, total=len(work)):
-        seed = job.asked.seed + i
-        mixed = interpolate(job.ddpm, tables[t], pairs[i], mixes=mixes, seed=seed)
+    cells: Cells = []
+    for i, t in study.track(work, total=len(work)):
+        mixed = interpolate(study, tables[t], pairs[i], mixes=mixes, seed=study.seed + i)
         cells.append([pairs[i][0], *mixed, pairs[i][1]])
-        rows.append(f"t = {t}")
     board = Board(
         cells,
         title="Interpolation",
-        note=f"{job}. Two pictures with noise up to t, mixed by λ, and denoised",
+        note=f"{study}. Two images with noise up to t, mixed by λ, and denoised",
         columns=["$x_0$", *(f"{m:.3g}" for m in mixes), "$x_0'$"],
-        rows=rows,
+        rows=[f"t = {t}" for _, t in work],
         corner="λ",
         column_gaps=[1, 10],
         row_gaps=range(len(tables), len(cells), len(tables)),
     )
-    job.write(board.figure, output)
+    write_figure(board.figure, output, study.recipe)
 
 
-def load_pairs(job: Job) -> Tensor:
-    """uint8 [N, 2, C, H, W] of files, or of pictures that were held out, if some were."""
-    files, data = job.asked.picture, job.ddpm.config.dataset
+def load_pairs(study: Study) -> Tensor:
+    """Return uint8 [N, 2, C, H, W]: two files, or images that the model has not seen."""
+    files, data = study.image, study.model.config.dataset
     if not files:
-        count = job.asked.num_images or 1
-        pictures, _ = unseen_pictures(job.ddpm)
-        if 2 * count > len(pictures):
-            raise ValueError(f"--num-images {count}: there are {len(pictures)} for such pairs")
-        rows = np.random.default_rng(job.asked.seed).choice(len(pictures), (count, 2), False)
-        return pictures[rows.flatten().tolist()].unflatten(0, (count, 2))
-    if len(files) != 2 or job.asked.num_images:
-        raise ValueError("--picture is given twice, for one pair, and without --num-images")
-    fit = dict(image_size=data.image_size, channels=data.channels)
+        count = study.num_images or 1
+        images, _ = study.unseen()
+        if 2 * count > len(images):
+            raise ValueError(f"--num-images {count}: there are {len(images)} for such pairs")
+        rows = np.random.default_rng(study.seed).choice(len(images), (count, 2), False)
+        return images[rows.flatten().tolist()].images.unflatten(0, (count, 2))
+    if len(files) != 2 or study.num_images:
+        raise ValueError("--image is given twice, for one pair, and without --num-images")
     try:
-        pair = [fit_picture(Image.open(file), **fit) for file in files]
+        pair = [
+            fit_image(Image.open(file), image_size=data.image_size, channels=data.channels)
+            for file in files
+        ]
     except UnidentifiedImageError as error:
-        raise ValueError(f"--picture: {error}") from None
+        raise ValueError(f"--image: {error}") from None
     return torch.from_numpy(np.stack(pair))[None]
-
-
-def real_pictures(ddpm: DDPM) -> dict[str, Pictures]:
-    """Those of training, and those that were held out."""
-    data = Data(ddpm.config)
-    data.prepare_data()
-    data.setup()
-    return {split: data.pictures[split] for split in ("train", "validation")}
-
-
-def unseen_pictures(ddpm: DDPM) -> tuple[Pictures, str]:
-    """Those that were held out, or where none were those of training; and which they are."""
-    train, held_out = real_pictures(ddpm).values()
-    return (held_out, "held-out") if len(held_out) else (train, "training")
-
-
-def evenly(total: int, count: int) -> list[int]:
-    """Up to `count` of `total` rows, evenly spaced, the first and the last among them."""
-    return np.linspace(0, total - 1, min(total, count)).round().astype(int).tolist()
 
 
 # ---- neighbours
 
 
 def nearest(queries: Tensor, others: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """The Euclidean distances and rows of the `count` nearest of `others`, [Q, count] each.
+    """Return the Euclidean distances and rows of the `count` nearest of `others`, [Q, count] each.
 
     Args:
         queries: [Q, D]. others: [B, D] each, one after the other.
     """
     best, rows, seen = torch.empty(len(queries), 0), torch.empty(len(queries), 0).long(), 0
     for part in others:
-        # by differences: a picture is at distance 0 from itself, which products would round
+        # by differences: an image is at distance 0 from itself, which products would round
         distance = torch.cdist(queries, part, compute_mode="donot_use_mm_for_euclid_dist")
         best = torch.cat([best, distance], dim=1)
         rows = torch.cat([rows, torch.arange(seen, seen + len(part)).expand_as(distance)], dim=1)
@@ -228,64 +243,56 @@ def nearest(queries: Tensor, others: Iterable[Tensor], count: int) -> tuple[Tens
     return best, rows
 
 
-def middle_features(ddpm: DDPM) -> Callable[[Tensor], Tensor]:
-    """uint8 [B, C, H, W] -> [B, D]: the U-Net's middle, averaged over positions.
+def features_of(study: Study) -> Callable[[Tensor], Tensor]:
+    """Return uint8 [B, C, H, W] -> [B, D] on the CPU: the chosen extractor's, or the network's own.
 
-    x_t is of T / 10, with the same noise for all pictures: there the middle knows what a picture
-    shows, and not yet its every pixel.
+    The network sees x_t at T / 10 with the same noise for all: there it knows what an image shows,
+    and not yet its every pixel.
     """
-    data, t = ddpm.config.dataset, ddpm.diffusion.timesteps // 10
-    eps = SeedNoise([0], (data.channels, data.image_size, data.image_size), ddpm.device)()
-    net = ddpm.net
+    model, device, t = study.model, study.model.device, study.model.diffusion.timesteps // 10
+    if study.extractor:
+        extractor = load_extractor(study.extractor).to(device)
+        return lambda images: extractor(images.to(device))[0].float().flatten(1).cpu()
+    eps, times = study.noise([0])(), torch.tensor([t], device=device)
 
-    def features(pictures: Tensor) -> Tensor:
-        found = []
-        hook = net.mid.block_2.register_forward_hook(lambda *args: found.append(args[-1]))
-        try:
-            x_t = ddpm.diffusion.q_sample(from_uint8(pictures.to(ddpm.device)), t, eps)
-            ddpm(x_t, torch.full((len(pictures),), t, device=ddpm.device))
-        finally:
-            hook.remove()
-        return found[0].float().mean(dim=(2, 3)).cpu()
+    def features(images: Tensor) -> Tensor:
+        x_t = model.diffusion.q_sample(from_uint8(images.to(device)), t, eps)
+        with exact_float32():
+            return model.network.features(x_t, times).cpu()
 
     return features
 
 
-def extractor_features(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """uint8 [B, C, H, W] -> [B, D] of an extractor that evaluate.py knows."""
-    from metrics import load_extractor
-
-    extractor = load_extractor(name).to(device)
-    return lambda pictures: extractor(pictures.to(device))[0].float().flatten(1).cpu()
-
-
 @torch.inference_mode()
-def draw_neighbours(job: Job, output: Path) -> None:
-    name = job.asked.extractor
-    extract = extractor_features(name, job.ddpm.device) if name else middle_features(job.ddpm)
-    train, held_out = real_pictures(job.ddpm).values()
+def draw_neighbours(study: Study, output: Path) -> None:
+    name, model, extract = study.extractor, study.model, features_of(study)
+    train, validation = study.split()
     across = min(5, len(train))
-    batches = torch.arange(len(train)).split(job.asked.batch_size)
-    drawn = job.ddpm.sample(job.steps, job.seeds(8)).cpu()
+    batches = [rows.tolist() for rows in torch.arange(len(train)).split(study.batch_size)]
+    samples = generate(
+        study.denoiser, study.steps, study.seeds(8), shape=model.shape, device=model.device
+    )
+    drawn = torch.cat([images for _, images in samples])
 
-    queries = torch.cat([drawn, held_out[evenly(len(held_out), 64)]]).flatten(1).float()
-    pixels = (train[rows.tolist()].flatten(1).float() for rows in job.track(batches))
+    others = validation[spread(64, len(validation))].images
+    queries = torch.cat([drawn, others]).flatten(1).float()
+    pixels = (train[rows].images.flatten(1).float() for rows in study.track(batches))
     distance, by_pixels = nearest(queries, pixels, across)
-    features = torch.cat([extract(train[rows.tolist()]) for rows in job.track(batches)])
+    features = torch.cat([extract(train[rows].images) for rows in study.track(batches)])
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    unit = lambda f: torch.nn.functional.normalize((f - mean) / std)  # angles, each number alike
+    unit = lambda f: normalize((f - mean) / std)  # angles, in which all features count alike
     _, by_features = nearest(unit(extract(drawn)), unit(features).split(4096), across)
 
     neighbours = torch.cat([by_pixels[: len(drawn)], by_features], dim=1).tolist()
     rmse = distance[:, 0] / math.sqrt(queries.shape[1])
     near = f"{rmse[: len(drawn)].median():.0f} for these"
-    if len(held_out):
-        near += f", {rmse[len(drawn) :].median():.0f} for pictures that were held out"
+    if len(others):
+        near += f", {rmse[len(drawn) :].median():.0f} for validation images"
     where = f"features of {Path(name).name}" if name else "the U-Net's features"
     board = Board(
-        [[picture, *train[rows]] for picture, rows in zip(drawn, neighbours, strict=True)],
-        title="Nearest training pictures",
-        note=f"{job}. Median RMSE to the nearest in pixels, of 255: {near}",
+        [[image, *train[rows].images] for image, rows in zip(drawn, neighbours, strict=True)],
+        title="Nearest training images",
+        note=f"{study}. Median RMSE to the nearest in pixels, of 255: {near}",
         headings=[
             ("sample", 0, 0),
             ("nearest in pixels", 1, across),
@@ -293,58 +300,53 @@ def draw_neighbours(job: Job, output: Path) -> None:
         ],
         column_gaps=[1, across + 1],
     )
-    job.write(board.figure, output)
+    write_figure(board.figure, output, study.recipe)
 
 
 # ---- the bound, the schedule
 
 
-class RateDistortion(NamedTuple):
-    """Of a code that sends x_t and stops there (section 4.3), means over pictures; [T] each.
+def rate_distortion(bound: Bound) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return rate [T], RMSE [T] and L_0 of a code that sends x_t and stops there (section 4.3).
 
     Entry t is what has been sent once x_t is known, in bits/dim, and the error of x0_hat(x_t) on
-    the scale of 0 ... 255. The paper's table calls T - t the reverse time.
+    the scale of 0 ... 255; means over images. The paper's table calls T - t the reverse time.
     """
-
-    rate: np.ndarray
-    rmse: np.ndarray
-    distortion: float  # L_0, bits/dim
-
-
-def rate_distortion(bound: Bound) -> RateDistortion:
     terms = bound.bits.mean(0).numpy()
     sent = np.append(np.cumsum(terms[:0:-1])[::-1], 0.0)  # of the terms after t
     rmse = 127.5 * np.sqrt(bound.mse.mean(0).numpy())
-    return RateDistortion(bound.prior.mean().item() + sent, rmse, float(terms[0]))
+    return bound.prior.mean().item() + sent, rmse, float(terms[0])
 
 
-def draw_rate_distortion(job: Job, output: Path) -> None:
-    sampling = job.ddpm.config.sampling.model_copy(update={"variance": job.recipe["variance"]})
-    job.ddpm.config = job.ddpm.config.model_copy(update={"sampling": sampling})
-    (pictures, which), seeds = unseen_pictures(job.ddpm), job.seeds(16)
-    rows = evenly(len(pictures), len(seeds))
+def draw_rate_distortion(study: Study, output: Path) -> None:
+    (images, which), seeds = study.unseen(), study.seeds(16)
+    rows = spread(len(seeds), len(images))
     bound = bits_per_dim(
-        job.ddpm,
-        pictures[rows],
+        study.denoiser,
+        study.model.diffusion,
+        images[rows].images.to(study.model.device),
         seeds[: len(rows)],
-        batch_size=job.asked.batch_size,
-        progress=job.track,
+        variance=study.recipe["variance"],
+        batch_size=study.batch_size,
+        progress=study.track,
     )
-    curve = rate_distortion(bound)
+    rate, rmse, distortion = rate_distortion(bound)
     note = (
-        f"{job.caption}. {curve.rate[0] + curve.distortion:.2f} bits/dim = rate "
-        f"{curve.rate[0]:.2f} + distortion {curve.distortion:.2f}, with {sampling.variance} "
-        f"variance, over {len(rows)} {which} pictures"
+        f"{study}. {rate[0] + distortion:.2f} bits/dim = rate {rate[0]:.2f} + distortion "
+        f"{distortion:.2f}, over {len(rows)} {which} images"
     )
-    job.write(plot_rate_distortion(*curve[:2], name=job.caption.split(",")[0], note=note), output)
+    figure = boards.plot_rate_distortion(rate, rmse, name=study.run, note=note)
+    write_figure(figure, output, study.recipe)
 
 
-def draw_schedule(job: Job, output: Path) -> None:
-    alpha_bar = job.ddpm.diffusion.alpha_bar(torch.arange(job.ddpm.diffusion.timesteps)).numpy()
-    job.write(plot_schedule(alpha_bar, job.steps, note=str(job)), output)
+def draw_schedule(study: Study, output: Path) -> None:
+    diffusion = study.model.diffusion
+    alpha_bar = diffusion.alpha_bar(torch.arange(diffusion.timesteps)).numpy()
+    figure = boards.plot_schedule(alpha_bar, study.steps, note=str(study))
+    write_figure(figure, output, study.recipe)
 
 
-PLATES = {
+STUDIES: dict[str, Callable[[Study, Path], None]] = {
     "progressive": draw_progressive,
     "interpolation": draw_interpolation,
     "neighbours": draw_neighbours,
