@@ -43,10 +43,7 @@ class Section(BaseModel):
 
 
 def free(default: Any = ..., **rules: Any) -> Any:
-    """Return a field that may change between two parts of one run: it changes nothing learned.
-
-    Every other key keeps its value when a run continues.
-    """
+    """Return a field that may change when a run continues, as it changes nothing learned."""
     return Field(default, json_schema_extra={"free": True}, **rules)
 
 
@@ -337,11 +334,9 @@ def move_old_keys(tree: dict) -> list[str]:
 
 def check_config(tree: dict, *, source: str) -> Config:
     """Return a checked config of plain data; `source` names it in messages."""
-    moved = move_old_keys(tree)
-    if moved:
-        keys = (
-            ", ".join(moved) if len(moved) < 5 else f"{len(moved)} keys of hardware, logging, ..."
-        )
+    if moved := move_old_keys(tree):
+        many = f"{len(moved)} keys of hardware, logging, evaluation"
+        keys = many if len(moved) > 4 else ", ".join(moved)
         print(f"{source}: moved from training to {keys}", file=sys.stderr)
     try:
         return Config.model_validate(tree)
@@ -363,8 +358,8 @@ def check_sampling(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def _explain(fault: dict) -> str:
-    kinds = "int", "constrained-int", "literal['auto']"  # of a union
-    where = ".".join(str(part) for part in fault["loc"] if part not in kinds)
+    of_unions = "int", "constrained-int", "literal['auto']"
+    where = ".".join(str(part) for part in fault["loc"] if part not in of_unions)
     if fault["type"] == "extra_forbidden":
         section = fault["loc"][0]
         known = Config.model_fields

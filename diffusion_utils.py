@@ -193,8 +193,7 @@ def cell_edges(density: Tensor) -> Tensor:
     `torch.searchsorted(edges, cell, right=True)` is the inverse CDF of p, in integers, so that
     every device draws the same t.
 
-    Args:
-        density: p over t, [T]; it need not sum to 1.
+    Takes p over t, [T], which need not sum to 1.
     """
     share = density.double().cumsum(0) / density.double().sum()
     return (share * (CELLS * len(density))).round().long()

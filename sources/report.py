@@ -7,19 +7,18 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
-from torch.nn.functional import interpolate
-from torchvision.utils import make_grid
 
 from config import WITH_TEST_SET, Config
 from files import atomic_write
 from sources.files import Progress, Source, in_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIRROR_MATTERS = ("digits", "mnist")
 TITLE = "contact sheet of dataset.py"
@@ -197,24 +196,24 @@ def _advise_on_set(config: Config, values: Values, validation: list[bytes]) -> I
 # ---- the contact sheet
 
 
-def contact_sheet(images: Tensor) -> Image.Image:
+def contact_sheet(images: "Tensor") -> Image.Image:
     """Draw uint8 [N, C, S, S], eight in a row, transparency on white, tiny ones enlarged."""
-    grid = make_grid([_cell(image) for image in images], nrow=8, padding=2, pad_value=128)
+    from torch.nn.functional import interpolate
+    from torchvision.utils import make_grid
+
+    channels, side = images.shape[1:3]
+    cell = min(256, side * max(1, 64 // side))  # pixel by pixel when tiny
+    pixels = images.float()
+    if channels in (2, 4):
+        colour, alpha = pixels[:, :-1], pixels[:, -1:] / 255
+        pixels = 255 + (colour - 255) * alpha
+    how = dict(mode="bilinear", antialias=True) if cell < side else {}
+    pixels = interpolate(pixels, (cell, cell), **how)
+    grid = make_grid(pixels, nrow=8, padding=2, pad_value=128)
     return Image.fromarray(grid.round().byte().permute(1, 2, 0).numpy())
 
 
-def _cell(image: Tensor) -> Tensor:
-    channels, side = image.shape[:2]
-    cell = min(256, side * max(1, 64 // side))  # pixel by pixel when tiny
-    pixels = image.float()
-    if channels in (2, 4):
-        pixels = torch.lerp(torch.tensor(255.0), pixels[:-1], pixels[-1:] / 255)
-    if cell < side:
-        return interpolate(pixels[None], (cell, cell), mode="bilinear", antialias=True)[0]
-    return interpolate(pixels[None], (cell, cell))[0]
-
-
-def write_contact_sheet(images: Tensor, path: Path) -> None:
+def write_contact_sheet(images: "Tensor", path: Path) -> None:
     """Write the contact sheet as a PNG that says what it is."""
     text = PngInfo()
     text.add_text("Title", TITLE)
