@@ -26,7 +26,7 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm, and SiLU after it unless `silu` is False. [B, C, H, W] -> the same."""
+    """GroupNorm, and SiLU after it unless `silu` is False; [B, C, H, W] -> the same."""
 
     def __init__(self, groups: int, width: int, *, silu: bool = True):
         super().__init__(groups, width, eps=1e-6)  # TensorFlow's eps, not PyTorch's 1e-5
@@ -81,7 +81,7 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 @cache
 def kernel() -> ctypes.CDLL | None:
-    """The compiled kernel; None where it cannot be built."""
+    """Return the compiled kernel, or None where it cannot be built."""
     compiler = []
     try:
         compiler = shlex.split(os.environ.get("CXX", "c++"))
