@@ -12,7 +12,7 @@ demo: .venv/ready
 	$(BIN)/python train.py configs/digits.yml --run-name $(RUN)
 	$(BIN)/python sample.py lightning_logs/$(RUN) --num-images 64 --output-dir samples/$(RUN)
 	@echo
-	@echo "pictures:    samples/$(RUN)/grid.png"
+	@echo "images:      samples/$(RUN)/grid.png"
 	@echo "checkpoint:  lightning_logs/$(RUN)/checkpoints/last.ckpt"
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir lightning_logs"
 	@echo "next:        $(BIN)/python sample.py lightning_logs/$(RUN) --num-images 8 --seed 64 --output-dir samples/more"
@@ -29,6 +29,7 @@ slow: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .venv/ready: requirements.txt requirements-test.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 10) and "Python 3.10 or newer is needed, this is %d.%d: make PYTHON=/path/to/python3.12" % v)'

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,7 +94,7 @@ if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a c
 
 import typer  # noqa: E402  (may be missing)
 
-from config import Config, SamplingConfig, check_sampling  # noqa: E402
+from config import Config, SamplingConfig, check_sampling, fields_of  # noqa: E402
 from files import advice, did_you_mean  # noqa: E402
 
 # ---- the terminal
@@ -134,8 +134,7 @@ def run_names(incomplete: str = "") -> list[str]:
 
 def keys_like(incomplete: str) -> list[str]:
     """Return `section.key=` of the keys that begin so, for a shell to complete."""
-    sections = Config.model_fields.items()
-    keys = [f"{name}.{key}=" for name, field in sections for key in field.annotation.model_fields]
+    keys = [f"{name}.{key}=" for name in Config.model_fields for key in fields_of(name)]
     return [key for key in keys if key.startswith(incomplete)]
 
 
@@ -161,7 +160,7 @@ def sampling_options(command: Callable) -> Callable:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[field.annotation | None, option],
+            annotation=Annotated[Optional[field.annotation], option],  # noqa: UP045
         )
     parameters["overrides"] = inspect.Parameter(
         "overrides",

@@ -301,8 +301,7 @@ def apply_override(tree: dict, override: str) -> None:
     if not (equals and dot and section and name and "." not in name):
         raise ValueError(f"{override!r} is not an override; write section.key=value")
     try:
-        field = Config.model_fields.get(section)
-        known = field and field.annotation.model_fields.get(name)  # type: ignore[union-attr]
+        known = fields_of(section).get(name) if section in Config.model_fields else None
         # folders called 2024-02-03 or `my #1` stand as they are, unless quoted
         as_it_is = known and known.annotation is str and text[:1] not in "\"'"
         value = text if as_it_is else parse_yaml(text)
@@ -316,16 +315,13 @@ def apply_override(tree: dict, override: str) -> None:
     values[name] = value
 
 
-MOVED = {"hardware": HardwareConfig, "logging": LoggingConfig, "evaluation": EvaluationConfig}
-
-
 def move_old_keys(tree: dict) -> list[str]:
     """Move what `training` once held to its sections, in place; return the keys as they are now."""
     moved = []
-    training = tree.get("training")
-    for key in list(training) if isinstance(training, dict) else ():
-        for section, kind in MOVED.items():
-            values = tree.setdefault(section, {}) if key in kind.model_fields else None
+    training = tree["training"] if isinstance(tree.get("training"), dict) else {}
+    for key in list(training):
+        for section in ("hardware", "logging", "evaluation"):
+            values = tree.setdefault(section, {}) if key in fields_of(section) else None
             if isinstance(values, dict) and key not in values:  # else it is refused as unknown
                 values[key] = training.pop(key)
                 moved.append(f"{section}.{key}")
@@ -357,14 +353,14 @@ def check_sampling(overrides: Iterable[str]) -> dict[str, Any]:
     return tree["sampling"]
 
 
-def _explain(fault: dict) -> str:
+def _explain(fault: Any) -> str:
     of_unions = "int", "constrained-int", "literal['auto']"
     where = ".".join(str(part) for part in fault["loc"] if part not in of_unions)
     if fault["type"] == "extra_forbidden":
         section = fault["loc"][0]
         known = Config.model_fields
         if len(fault["loc"]) > 1:
-            known = known[section].annotation.model_fields
+            known = fields_of(section)
         return f"{where}: no such key{did_you_mean(str(fault['loc'][-1]), known)}"
     if fault["type"] == "missing":
         return f"{where}: missing; give it a value"
@@ -374,11 +370,16 @@ def _explain(fault: dict) -> str:
     return f"{where}: {reprlib.repr(fault['input'])}: {message[0].lower()}{message[1:]}"
 
 
+def fields_of(section: str) -> dict[str, Any]:
+    """Return the fields of a section."""
+    return Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+
+
 def to_yaml(config: Config) -> str:
     """Return the resolved config, every default written out, with what each key means."""
     lines = []
     for section, values in config.model_dump(mode="json").items():
-        fields = Config.model_fields[section].annotation.model_fields
+        fields = fields_of(section)
         lines.append(f"{section}:")
         for key, value in values.items():
             text = yaml.safe_dump([value], default_flow_style=True, width=1000).strip()[1:-1]
@@ -391,7 +392,7 @@ def differences(old: Config, new: Config, *, learned: bool = False) -> list[str]
     lines = []
     new_tree = new.model_dump(mode="json")
     for section, values in old.model_dump(mode="json").items():
-        fields = Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        fields = fields_of(section)
         for key, value in values.items():
             other = new_tree[section][key]
             if value != other and not (learned and fields[key].json_schema_extra):

@@ -94,7 +94,7 @@ def evaluate(
     devices: Annotated[
         int | None, typer.Option(min=1, help="Number of devices. Default: every GPU, or one CPU.")
     ] = None,
-):
+) -> None:
     asked = dict(locals())  # as `Options` has them, one by one
     console = plain_console(quiet=not is_main_process())
     began, goes_on = False, "nothing is kept without --save-images"

@@ -34,7 +34,7 @@ _ADVICE = {
 
 def advice(code: int | None) -> str:
     """Return what a user can do about an error of the system."""
-    return _ADVICE.get(errno.errorcode.get(code), f"mend that and {AGAIN}")
+    return _ADVICE.get(errno.errorcode.get(code or 0, ""), f"mend that and {AGAIN}")
 
 
 @contextmanager
@@ -50,7 +50,9 @@ def explained(path: str | Path, *, kept: bool = True) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = error  # torch and Lightning hide a full disk behind errors of their own
+        cause: BaseException | None = (
+            error  # torch and Lightning hide a full disk behind errors of their own
+        )
         while cause is not None and not isinstance(cause, OSError):
             shown = None if cause.__suppress_context__ else cause.__context__
             cause = cause.__cause__ or shown
@@ -149,7 +151,7 @@ def _no_duplicate_keys(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bo
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
 
-_Loader.construct_mapping = _no_duplicate_keys  # type: ignore[method-assign]
+_Loader.construct_mapping = _no_duplicate_keys  # type: ignore
 
 
 def parse_yaml(text: str) -> Any:

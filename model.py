@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,11 @@ class Network(nn.Module):
 
     Attributes:
         size_multiple: sides of images are multiples of it.
+        recompute: activations in the backward pass, instead of keeping them.
     """
 
     size_multiple = 1
+    recompute = False
 
     def embed(self, t: Tensor) -> Tensor:
         """Return the conditioning of t [B], 0-based: [B, any]."""
@@ -93,7 +95,6 @@ class UNet(Network):
         levels = len(channel_multipliers)
         self.size_multiple = 2 ** (levels - 1)
         sizes = [image_size // 2**level for level in range(levels)]  # the config has checked them
-        self.recompute = False  # activations in the backward pass, instead of keeping them
         self.channels = channels
         self.base_channels = base_channels
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
@@ -107,7 +108,7 @@ class UNet(Network):
             there = sizes[level] in attention_resolutions
             return nn.ModuleList(Attention(width, groups) for _ in range(count if there else 0))
 
-        self.temb = nn.Module()
+        self.temb: Any = nn.Module()
         self.temb.dense = nn.ModuleList(
             [nn.Linear(base_channels, temb_width), nn.Linear(temb_width, temb_width)]
         )
@@ -115,7 +116,7 @@ class UNet(Network):
 
         width = base_channels
         skips = [width]  # widths of what the decoder will pop, last first
-        self.down = nn.ModuleList()
+        self.down: Any = nn.ModuleList()
         for level, level_width in enumerate(widths):
             down = nn.Module()
             down.block = nn.ModuleList()
@@ -129,12 +130,12 @@ class UNet(Network):
                 skips.append(width)
             self.down.append(down)
 
-        self.mid = nn.Module()
+        self.mid: Any = nn.Module()
         self.mid.block_1 = block(width, width)
         self.mid.attn_1 = Attention(width, groups)
         self.mid.block_2 = block(width, width)
 
-        self.up = nn.ModuleList()
+        self.up: Any = nn.ModuleList()
         for level in reversed(range(levels)):
             up = nn.Module()
             up.block = nn.ModuleList()
@@ -160,7 +161,7 @@ class UNet(Network):
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 silent = name.endswith(("conv2", "proj_out", "conv_out"))
                 nn.init.xavier_uniform_(layer.weight, gain=1e-5 if silent else 1.0)
-                nn.init.zeros_(layer.bias)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def embed(self, t: Tensor) -> Tensor:
         """Return [B, 4 base_channels] of t [B], after the swish that every block would apply."""

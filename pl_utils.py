@@ -14,8 +14,8 @@ from functools import cached_property
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
-from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -59,6 +59,12 @@ class DDPM(pl.LightningModule):
     `unet` is what trains; `ema` is a second network that follows it and is what samples. The two
     are never exchanged.
     """
+
+    loss_weight: Tensor
+    t_edges: Tensor
+    tally: Tensor
+    streak: Tensor
+    longest_streak: Tensor
 
     def __init__(self, config: Config):
         super().__init__()
@@ -126,16 +132,16 @@ class DDPM(pl.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> None:
         """Make one update from this rank's share of the global batch."""
-        strategy = self.trainer.strategy
-        several = isinstance(strategy, DDPStrategy)
+        strategy, optimizer = self.trainer.strategy, self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
         self.update(
             batch,
-            self.optimizers().optimizer,
+            optimizer.optimizer,
             step=self.global_step,
             rank=self.global_rank,
             backward=self.manual_backward,
-            alone=strategy.block_backward_sync if several else nullcontext,
-            update=self.optimizers().step,
+            alone=getattr(strategy, "block_backward_sync", nullcontext),  # DDP's
+            update=optimizer.step,
         )
 
     def update(
@@ -184,7 +190,8 @@ class DDPM(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         if skips_on_device(self.device):
-            optimizer.found_inf = skip  # 1: weights and moments stay, with no host sync
+            # 1: weights and moments stay, with no host sync
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
         elif skip:
             optimizer.zero_grad()  # Adam passes over what has no gradient
         (update or optimizer.step)()

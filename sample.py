@@ -102,9 +102,9 @@ def sample(
         from weights import load_model
 
         model = load_model(source, weights).to(device)
-        precision = resolve_precision(model.config, torch.device(device), precision)
+        numbers = resolve_precision(model.config, torch.device(device), precision)
         steps, recipe = sampling_recipe(
-            model, sampling, source=str(source), precision=precision, image_size=image_size
+            model, sampling, source=str(source), precision=numbers, image_size=image_size
         )
         if format == "jpg" and model.shape[0] in (2, 4):
             raise ValueError("--format jpg knows no transparency, which these images have; png")
@@ -120,7 +120,7 @@ def sample(
         console.print(f"assumed: {note}")
     console.print(
         f"{source} (step {model.step:,}, {model.weights} weights): {recipe['sampler']}, "
-        f"{len(steps)} steps, on {device} in {precision}"
+        f"{len(steps)} steps, on {device} in {numbers}"
     )
     copies = Copies(grid, upscale, format, gif)
     try:
@@ -165,7 +165,7 @@ def write_images(
         compiled=pays_to_compile(model.config, model.device, calls),
     )
     size = recipe["image_size"]
-    where = dict(shape=(model.shape[0], size, size), device=model.device)
+    where: dict[str, Any] = dict(shape=(model.shape[0], size, size), device=model.device)
     columns = TextColumn("{task.completed:.0f}/{task.total} images"), BarColumn()
     hidden = not console.is_terminal
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as bar:

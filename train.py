@@ -78,7 +78,7 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the whole config, explained, and exit.")
     ] = False,
-):
+) -> None:
     console = plain_console(quiet=not is_main_process())
     if config_file is None:
         list_configs(console)
@@ -127,7 +127,6 @@ def train(
 def fit(config: Config, start: "Start", console: Console) -> int:
     """Train, and say how it ended; return the exit code."""
     from evaluation.callback import Evaluation
-
     from pl_utils import DDPM
     from training import Checkpoints, ImageData, Interrupted, build_trainer
     from training.runs import check_continuation
@@ -170,7 +169,7 @@ def fit(config: Config, start: "Start", console: Console) -> int:
     data, ddpm = ImageData(config), DDPM(config)
     if start.weights:
         fine_tune(ddpm, start.weights, console)
-    checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
+    checkpoints = Checkpoints.of(trainer)
     try:
         trainer.fit(ddpm, data, ckpt_path=path, weights_only=True)
     except SystemExit:  # Lightning's way out of a Ctrl-C before the first step

@@ -11,13 +11,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import typer
-
-from benchmarks.common import ROOT, environment, markdown, publish, report
 from callbacks import preview_steps
 from checkpoint import read_checkpoint, write_checkpoint
-from config import load_config
 from dry_run import QUOTES, Seconds, flops_per_picture, project
 from hardware import timed
+
+from benchmarks.common import ROOT, environment, markdown, publish, report
+from config import load_config
 from pl_utils import DDPM
 
 SPEEDS = {"cifar10": 21.0, "celeba": 2.2}  # steps a second on 8 TPU v3 cores (appendix B)

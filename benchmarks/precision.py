@@ -1,8 +1,7 @@
-"""bfloat16 against float32: gradients, 500 steps of training from one seed, pictures."""
+"""bfloat16 against float32: gradients, 500 steps of training from one seed, images."""
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated
 
 sys.path.pop(0)  # this folder: its train, sample and profile are not those meant
@@ -24,84 +23,87 @@ from benchmarks.common import (
     wake,
 )
 from config import load_config
-from data import Data
+from dataset import Images
 from diffusion_utils import from_uint8, make_steps
-from drawing import GREY, INK, OURS, THEIRS, chart, write_figure
-from pl_utils import DDPM, TRAIN, VALIDATE, load_ddpm
+from generation import generate, make_denoiser
+from model import at_precision
+from pl_utils import DDPM, TRAIN, VALIDATE
+from plotting.boards import GRAY, INK, OURS, THEIRS, chart, write_figure
+from training.datamodule import open_images, train_batches
+from weights import load_model
 
-PICTURE = ROOT / "benchmarks" / "precision.png"
+FIGURE = ROOT / "benchmarks" / "precision.png"
 PRETRAINED = ROOT / "pretrained" / "digits.safetensors"
 RUNS = {  # label: overrides, colour
-    "float32": (["training.precision=32-true"], INK),
-    "bfloat16": (["training.precision=bf16-mixed"], OURS),
-    "float32, another seed": (["training.precision=32-true", "training.seed=1"], THEIRS),
+    "float32": (["hardware.precision=32-true"], INK),
+    "bfloat16": (["hardware.precision=bf16-mixed"], OURS),
+    "float32, another seed": (["hardware.precision=32-true", "training.seed=1"], THEIRS),
 }
 
 
-def at_precision(ddpm: DDPM, precision: str) -> None:
-    training = ddpm.config.training.model_copy(update={"precision": precision})
-    ddpm.config = ddpm.config.model_copy(update={"training": training})
+def set_precision(ddpm: DDPM, precision: str) -> None:
+    hardware = ddpm.config.hardware.model_copy(update={"precision": precision})
+    ddpm.config = ddpm.config.model_copy(update={"hardware": hardware})
 
 
 def gradient(ddpm: DDPM, batch: Tensor, precision: str) -> Tensor:
-    """Of one training batch, as one vector."""
-    at_precision(ddpm, precision)
+    """Return the gradient of one training batch, as one vector."""
+    set_precision(ddpm, precision)
     t, eps, _ = ddpm.draw(TRAIN, 0, len(batch))
-    net = ddpm._train_net
-    loss = ddpm.diffusion.loss(net, from_uint8(batch), t, eps).mean()
+    loss = ddpm.diffusion.loss(ddpm.train_network, from_uint8(batch), t, eps).mean()
     gradients = torch.autograd.grad(loss, list(ddpm.unet.parameters()))
     return torch.cat([g.flatten() for g in gradients]).double()
 
 
 def compare_gradients(ddpm: DDPM, batch: Tensor) -> list[str]:
-    """Cosine, and the difference's length as a share of float32's."""
+    """Return the cosine, and the difference's length as a share of float32's."""
     wide, narrow = (gradient(ddpm, batch, p) for p in ("32-true", "bf16-mixed"))
     cosine = wide @ narrow / (wide.norm() * narrow.norm())
     return [f"{cosine:.6f}", f"{(wide - narrow).norm() / wide.norm():.2%}"]
 
 
-def train(overrides: list[str], steps: int, device: torch.device) -> tuple[DDPM, Data, np.ndarray]:
-    """configs/digits.yml for some steps; the loss of each."""
+def train(
+    overrides: list[str], steps: int, device: torch.device
+) -> tuple[DDPM, dict[str, Images], np.ndarray]:
+    """Train configs/digits.yml for some steps; return the loss of each, too."""
     config = load_config(ROOT / "configs/digits.yml", overrides)
-    data, ddpm = Data(config), DDPM(config).to(device)
-    data.setup()
-    data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1)
+    ddpm, splits = DDPM(config).to(device), open_images(config)
     optimizer, losses = ddpm.configure_optimizers(), []
-    for step, batch in zip(range(steps), data.train_dataloader(), strict=False):
-        ddpm.update(batch.to(device), optimizer, step=step)
+    for step, batch in zip(range(steps), train_batches(splits["train"], config), strict=False):
+        ddpm.update(batch._replace(images=batch.images.to(device)), optimizer, step=step)
         losses.append(ddpm.tally[0].clone())
         ddpm.tally.zero_()
-    return ddpm, data, torch.stack(losses).cpu().numpy()
+    return ddpm, splits, torch.stack(losses).cpu().numpy()
 
 
 @torch.no_grad()
-def held_out_loss(ddpm: DDPM, data: Data) -> float:
-    """Of the average, with the same t and noise for all."""
-    pictures = data.pictures["validation"]
-    x_0 = from_uint8(pictures[range(len(pictures))])
-    x_0 = x_0.to(ddpm.device)
-    t, eps, _ = ddpm.draw(VALIDATE, 0, len(x_0))
-    return ddpm.diffusion.loss(ddpm, x_0, t, eps).mean().item()
+def validation_loss(ddpm: DDPM, images: Images) -> float:
+    """Return the EMA's loss, with the same t and noise for all."""
+    pixels = images[list(range(len(images)))].images.to(ddpm.device)
+    t, eps, _ = ddpm.draw(VALIDATE, 0, len(pixels))
+    return ddpm.validation_losses(pixels, t, eps).mean().item()
 
 
-def compare_pictures(device: torch.device, count: int) -> list[list[str]]:
-    """The shipped model's, from the same noise: mean absolute difference in levels of 0 ... 255."""
-    ddpm, rows = load_ddpm(PRETRAINED).to(device), []
+def compare_images(device: torch.device, count: int) -> list[list[str]]:
+    """Compare the shipped model's images from the same noise, in levels of 0 ... 255."""
+    model, rows = load_model(PRETRAINED).to(device), []
     for sampler, timesteps in (("dpm++", 20), ("dpm++", 50), ("ddim", 50), ("ddpm", 1000)):
-        report(f"pictures: {sampler}, {timesteps} steps")
+        report(f"images: {sampler}, {timesteps} steps")
         steps = make_steps(
-            ddpm.diffusion,
+            model.diffusion,
             sampler=sampler,
             variance="large",
             eta=0.0,
             timesteps=timesteps,
             spacing="trailing",
         )
-        pictures = []
-        for precision in ("32-true", "bf16-mixed"):
-            net = ddpm.sampling_net(bf16=precision == "bf16-mixed")
-            pictures.append(ddpm.sample(steps, list(range(count)), net=net).short())
-        apart = (pictures[0] - pictures[1]).abs()
+        times, images = [step.t for step in steps], []
+        for precision in ("float32", "bfloat16"):
+            network = at_precision(model.network, precision)
+            denoiser = make_denoiser(network, model.diffusion, times=times)
+            made = generate(denoiser, steps, range(count), shape=model.shape, device=device)
+            images.append(torch.cat([batch for _, batch in made]).short())
+        apart = (images[0] - images[1]).abs()
         rows.append(
             [
                 f"{sampler}, {timesteps} steps",
@@ -130,13 +132,13 @@ def plot(curves: dict[str, np.ndarray], note: str) -> None:
     axes[0].set(xlabel="step", ylabel=f"loss, mean of {window} steps", ylim=0)
     axes[0].legend()
     axes[1].set(xlabel="step")
-    axes[1].set_title("each step's loss, apart from float32's", color=GREY)
-    write_figure(figure, PICTURE)
+    axes[1].set_title("each step's loss, apart from float32's", color=GRAY)
+    write_figure(figure, FIGURE)
 
 
 def main(
     steps: Annotated[int, typer.Option(min=100, help="Of training.")] = 500,
-    count: Annotated[int, typer.Option(min=1, help="Pictures to compare.")] = 64,
+    count: Annotated[int, typer.Option(min=1, help="Images to compare.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     write: Annotated[bool, typer.Option("--write", help="Into benchmarks/RESULTS.md.")] = False,
 ):
@@ -151,14 +153,16 @@ def main(
 
     for name, (overrides, _) in RUNS.items():
         report(f"training: {name}")
-        ddpm, data, curves[name] = train(overrides, steps, place)
+        ddpm, splits, curves[name] = train(overrides, steps, place)
         if name == "float32":
-            batch = next(iter(data.train_dataloader())).to(place)
+            batch = next(iter(train_batches(splits["train"], ddpm.config))).images.to(place)
             after = f"digits' network after {steps} steps"
             gradients.append([after, *compare_gradients(ddpm, batch)])
-            at_precision(ddpm, "32-true")
+            set_precision(ddpm, "32-true")
         last = curves[name][-100:]
-        rows.append([name, digits(last.mean()), digits(held_out_loss(ddpm, data))])
+        rows.append(
+            [name, digits(last.mean()), digits(validation_loss(ddpm, splits["validation"]))]
+        )
     plot(curves, f"configs/digits.yml, the first {steps} steps, on {place.type}")
     text = "\n\n".join(
         [
@@ -166,11 +170,11 @@ def main(
             "Gradients of one batch, of all weights as one vector:",
             markdown(["", "cosine", "apart, of float32's length"], gradients),
             f"{steps} steps of `configs/digits.yml`:",
-            markdown(["", "loss of the last 100 steps", "held out, of the average"], rows),
+            markdown(["", "loss of the last 100 steps", "validation, of the EMA"], rows),
             "![loss curves](precision.png)",
-            f"{count} pictures of `{PRETRAINED.relative_to(ROOT)}` from the same noise, in levels "
+            f"{count} images of `{PRETRAINED.relative_to(ROOT)}` from the same noise, in levels "
             "of 0 ... 255:",
-            markdown(["", "mean apart", "values within 2", "most"], compare_pictures(place, count)),
+            markdown(["", "mean apart", "values within 2", "most"], compare_images(place, count)),
         ]
     )
     publish(f"bfloat16 against float32, {place.type}", text, write=write)

@@ -49,8 +49,7 @@ class Evaluation(pl.Callback):
         assert isinstance(module, DDPM)
         count = self.settings.evaluate_images
         tally = Tally.of(self.extractor, count, self.shape, keep=count)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        signals = next(c for c in callbacks if isinstance(c, Checkpoints))
+        signals = Checkpoints.of(trainer)
         module.eval()
         for batch in self.ranks.share(count, BATCH):
             if signals.signalled():  # all ranks ask together

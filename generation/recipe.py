@@ -52,6 +52,10 @@ def sampling_recipe(
             f"--image-size {size} is not a multiple of {multiple}, as this network needs; "
             f"try {near}"
         )
-    recipe = {"checkpoint": source, "weights": model.weights, "digest": model.digest()}
+    recipe: dict[str, Any] = {
+        "checkpoint": source,
+        "weights": model.weights,
+        "digest": model.digest(),
+    }
     recipe |= {"step": model.step, "image_size": size, **settings, "timesteps": len(steps)}
     return steps, recipe | {"precision": precision}

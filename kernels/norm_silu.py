@@ -14,6 +14,7 @@ import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,9 @@ class GroupNorm(nn.GroupNorm):
 
 class _Kernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps, silu):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    ) -> Tensor:
         B, C, H, W = x.shape
         weight, bias = weight.float(), bias.float()
         mean, rstd = torch.empty(2, B, groups)
@@ -63,7 +66,7 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         B, C, H, W = x.shape
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)

@@ -207,8 +207,9 @@ def contact_sheet(images: "Tensor") -> Image.Image:
     if channels in (2, 4):
         colour, alpha = pixels[:, :-1], pixels[:, -1:] / 255
         pixels = 255 + (colour - 255) * alpha
-    how = dict(mode="bilinear", antialias=True) if cell < side else {}
-    pixels = interpolate(pixels, (cell, cell), **how)
+    smooth = cell < side
+    mode = "bilinear" if smooth else "nearest"
+    pixels = interpolate(pixels, (cell, cell), mode=mode, antialias=smooth)
     grid = make_grid(pixels, nrow=8, padding=2, pad_value=128)
     return Image.fromarray(grid.round().byte().permute(1, 2, 0).numpy())
 

@@ -49,7 +49,7 @@ def invoke(command: str, place: Path, monkeypatch, code: int) -> str:
 
     name = script.removesuffix(".py")
     app = importlib.import_module("sources.command" if name == "dataset" else name).app
-    result = CliRunner().invoke(app, arguments, obj=lambda: load_images)  # what dataset.py hands over
+    result = CliRunner().invoke(app, arguments, obj=lambda: load_images)  # as dataset.py
     assert result.exit_code == code, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.output

@@ -46,6 +46,13 @@ class Checkpoints(pl.Callback):
         self.began = False
         self._received = 0
         self._handlers: dict[int, Any] = {}
+        self._hosts: Any = None
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> "Checkpoints":
+        """Return a trainer's."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        return next(callback for callback in callbacks if isinstance(callback, cls))
 
     # ---- what a checkpoint of Lightning's also holds
 
@@ -53,12 +60,12 @@ class Checkpoints(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict
     ) -> None:
         checkpoint["hyper_parameters"] = self.config.model_dump(mode="json")
-        checkpoint["data"] = trainer.datamodule.fingerprints()
+        checkpoint["data"] = trainer.datamodule.fingerprints()  # type: ignore[attr-defined]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict
     ) -> None:
-        data = trainer.datamodule.fingerprints()
+        data = trainer.datamodule.fingerprints()  # type: ignore[attr-defined]
         if checkpoint.get("data", data) != data:
             raise ValueError(
                 "the images are not those that this run has trained on (dataset.root): going on "
@@ -124,7 +131,7 @@ class Checkpoints(pl.Callback):
             self._save(trainer)
         self._end_if(signum, trainer)
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self._received and not self._hosts:  # several ranks wait for the next step
             self._save(trainer)
             self._end_if(self._received, trainer)

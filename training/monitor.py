@@ -44,7 +44,7 @@ class Monitor(pl.Callback):
 
     def _summarise(self, trainer: pl.Trainer, module: DDPM) -> None:
         data, training = self.config.dataset, self.config.training
-        counts = {key: len(images) for key, images in trainer.datamodule.images.items()}
+        counts = {key: len(images) for key, images in trainer.datamodule.images.items()}  # type: ignore[attr-defined]
         parameters = sum(p.numel() for p in module.unet.parameters())
         share = training.batch_size // trainer.world_size
         micro = module.micro or share

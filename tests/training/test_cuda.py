@@ -4,6 +4,8 @@ Without a GPU the tensors pretend: they have a device and a shape, and no values
 devices, reads a value or copies to the host fails on them as it would be slow or fail on a GPU.
 """
 
+import sys
+
 import pytest
 import torch
 from helpers import steps_of
@@ -12,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import sys
 import pl_utils
 from config import load_config
 from dataset import Batch
