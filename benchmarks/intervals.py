@@ -11,25 +11,26 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import typer
-from callbacks import preview_steps
-from checkpoint import read_checkpoint, write_checkpoint
-from dry_run import QUOTES, Seconds, flops_per_picture, project
-from hardware import timed
 
 from benchmarks.common import ROOT, environment, markdown, publish, report
 from config import load_config
+from generation import quick_steps
 from pl_utils import DDPM
+from training.dry_run import Seconds, flops_per_image, project
+from training.hardware import timed
+from weights import read_checkpoint, write_checkpoint
 
 SPEEDS = {"cifar10": 21.0, "celeba": 2.2}  # steps a second on 8 TPU v3 cores (appendix B)
+VALIDATION = {"cifar10": 10_000, "celeba": 0}  # images
 H200 = 0.4 * 790e12  # FLOP/s
 CPU = torch.device("cpu")
 
 
 def measure(name: str, folder: Path, rounds: int) -> list[str]:
-    """A row of the table."""
+    """Return a row of the table."""
     report(name)
     config = load_config(ROOT / f"configs/{name}.yml")
-    training, ddpm = config.training, DDPM(config)
+    training, logging, ddpm = config.training, config.logging, DDPM(config)
     optimizer = ddpm.configure_optimizers()
     for parameter in ddpm.unet.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -46,15 +47,14 @@ def measure(name: str, folder: Path, rounds: int) -> list[str]:
     )
     read = timed(lambda: read_checkpoint(path), CPU)
 
-    forward, backward = (flops / H200 for flops in flops_per_picture(config))
-    held_out = QUOTES[config.dataset.name].counts["validation"]
-    calls = training.preview_images * len(preview_steps(ddpm.diffusion))
+    forward, backward = (flops / H200 for flops in flops_per_image(config))
+    calls = logging.preview_images * len(quick_steps(ddpm.diffusion))
     whole = project(
-        training,
-        Seconds(backward * training.batch_size, forward * calls, forward * held_out, write),
+        config,
+        Seconds(backward * training.batch_size, forward * calls, forward * VALIDATION[name], write),
     )
     parts = [whole.checkpoint, whole.preview, whole.validation, sum(whole) - whole.step]
-    tpu = write / (training.save_every / SPEEDS[name] + write)
+    tpu = write / (logging.save_every / SPEEDS[name] + write)
     shares = [f"{part / sum(whole):.2%}" for part in parts]
     return [
         name,
