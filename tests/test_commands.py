@@ -183,7 +183,8 @@ def losses(run: Path) -> dict[int, float]:
 def test_two_devices_are_one_run(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
     common = (
-        "configs/smoke.yml model.dropout=0.0 hardware.accelerator=cpu logging.log_every=1 "
+        "configs/smoke.yml model.dropout=0.0 hardware.precision=32-true hardware.accelerator=cpu "
+        "logging.log_every=1 "
         "evaluation.validate_every=10 training.max_steps=30"
     )
     two = "hardware.devices=2 hardware.micro_batch_size=2"

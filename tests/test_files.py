@@ -7,15 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-from checkpoint import newest_checkpoint, read_checkpoint, saved_steps, up_to_date
-from helpers import failing
-from terminal import describe
-from test_training import assert_same, train
+from helpers import assert_same, failing, train
 from typer.testing import CliRunner
 
 import files
+from cli import describe
 from files import advice, atomic_write
-from pl_utils import load_ddpm
+from weights import load_model, newest_checkpoint, read_checkpoint, saved_steps, up_to_date
 
 # ---- one way to write
 
@@ -96,7 +94,7 @@ def test_what_the_system_says_of_other_calls():
 @pytest.fixture
 def left_behind(tmp_path):
     """A run whose last.ckpt could not be renamed at its last step."""
-    train(tmp_path, "training.save_every=4")
+    train(tmp_path, "logging.save_every=4")
     folder = tmp_path / "checkpoints"
     os.unlink(folder / "last.ckpt")
     os.link(folder / "step-00000004.ckpt", folder / "last.ckpt")
@@ -108,10 +106,10 @@ def test_a_failed_rename_of_last_is_said(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", failing(os.replace, errno.EIO, saves))
         with pytest.raises(OSError, match=r"cannot write .*last\.ckpt: Input/output error; see"):
-            train(tmp_path, "training.save_every=4")
+            train(tmp_path, "logging.save_every=4")
     folder = tmp_path / "checkpoints"
     assert read_checkpoint(folder / "last.ckpt")["global_step"] == 4
-    assert newest_checkpoint(tmp_path) == folder / "step-00000006.ckpt"
+    assert newest_checkpoint(tmp_path)[0] == folder / "step-00000006.ckpt"
     assert os.path.samefile(folder / "last.ckpt", folder / "step-00000006.ckpt")
     assert not list(folder.glob(".*"))
 
@@ -121,7 +119,7 @@ def test_whoever_reads_it_mends_it(left_behind, missing, capsys):
     last, newest = left_behind / "last.ckpt", left_behind / "step-00000006.ckpt"
     if missing:
         last.unlink()
-    assert load_ddpm(last).trained_steps == 6
+    assert load_model(last).step == 6
     was = "was missing" if missing else "was left behind at step 4"
     assert capsys.readouterr().out == f"{last} {was}; it is step-00000006.ckpt again\n"
     assert os.path.samefile(last, newest)
@@ -132,7 +130,7 @@ def test_whoever_reads_it_mends_it(left_behind, missing, capsys):
 def test_where_it_cannot_be_mended_the_newest_is_taken(left_behind, monkeypatch, capsys):
     last, newest = left_behind / "last.ckpt", left_behind / "step-00000006.ckpt"
     monkeypatch.setattr(files.os, "replace", failing(os.replace, errno.EROFS))
-    assert load_ddpm(last).trained_steps == load_ddpm(left_behind.parent).trained_steps == 6
+    assert load_model(last).step == load_model(left_behind.parent).step == 6
     assert f"was left behind at step 4; {newest} is taken instead\n" in capsys.readouterr().out
     assert read_checkpoint(last)["global_step"] == 4
 
@@ -148,7 +146,7 @@ def test_a_last_that_is_not_behind_stays(left_behind, capsys):
     assert up_to_date(last) == last
     last.write_bytes(content[:-1000])  # damaged is not behind
     with pytest.raises(ValueError, match=r"last\.ckpt is damaged"):
-        load_ddpm(last)
+        load_model(last)
     assert capsys.readouterr().out == ""
 
 
@@ -159,7 +157,7 @@ def train_in(place: Path, monkeypatch, line: str) -> tuple[int, str]:
     (place / "configs").exists() or (place / "configs").symlink_to(
         Path(__file__).parents[1] / "configs"
     )
-    arguments = f"configs/smoke.yml training.accelerator=cpu training.logger=csv {line}"
+    arguments = f"configs/smoke.yml hardware.accelerator=cpu logging.logger=csv {line}"
     result = CliRunner().invoke(train.app, arguments.split())
     return result.exit_code, result.output
 
@@ -190,7 +188,7 @@ def test_a_log_that_cannot_be_written_is_named(mode, tmp_path, monkeypatch, capf
     events = lambda path, how="r", *_: "events.out" in str(path) and mode in how
     with monkeypatch.context() as patch:
         patch.setattr(io, "open", failing(io.open, errno.EMFILE, events))
-        code, said = train_in(tmp_path, monkeypatch, "training.logger=tensorboard --run-name r")
+        code, said = train_in(tmp_path, monkeypatch, "logging.logger=tensorboard --run-name r")
     said += capfd.readouterr().err
     assert code in (1, 2)
     assert "Traceback" not in said

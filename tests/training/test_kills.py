@@ -140,7 +140,9 @@ def test_a_second_ctrl_c_ends_at_once(place):
 
 
 def test_torchrun_trains_the_same_run(place):
-    common = "configs/smoke.yml model.dropout=0.0 hardware.accelerator=cpu"
+    common = (
+        "configs/smoke.yml model.dropout=0.0 hardware.precision=32-true hardware.accelerator=cpu"
+    )
     run(f"python train.py {common} --run-name one", place)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, PROJECT / "train.py", *common.split(), "hardware.devices=2"]
@@ -179,7 +181,9 @@ def test_slurm_requeues_and_the_job_goes_on(place):
 
 def test_two_nodes_in_two_network_namespaces(place):
     script = PROJECT / "tests" / "two_nodes.sh"
-    common = "configs/smoke.yml model.dropout=0.0 hardware.accelerator=cpu"
+    common = (
+        "configs/smoke.yml model.dropout=0.0 hardware.precision=32-true hardware.accelerator=cpu"
+    )
     run(f"python train.py {common} --run-name one", place)
     command = [
         "bash", script, sys.executable, PROJECT / "train.py", *common.split(),
