@@ -21,8 +21,8 @@ part() {  # NAME=VALUE... [tests]: the settings, then what pytest is given
   fi
 }
 
-files=("${numbers[@]/#/tests/test_}")
-files=("${files[@]/%/.py}")
+files=()
+for name in "${numbers[@]}"; do files+=("$(find tests -name "test_$name.py")"); done
 for bf16 in 0 1; do part DDPM_BF16=$bf16 OMP_NUM_THREADS=1; done
 for isa in default avx2; do part ATEN_CPU_CAPABILITY=$isa OMP_NUM_THREADS=1 "${files[@]}"; done
 for threads in 2 4; do part OMP_NUM_THREADS=$threads "${files[@]}"; done  # 1 thread is above
