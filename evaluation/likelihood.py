@@ -1,8 +1,8 @@
 """How likely images are to a model: the variational bound (Eq. 5), in bits per dimension."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,6 +98,15 @@ class Bound(NamedTuple):
     prior: Tensor  # [N] float64, L_T
 
 
+def bound_times(diffusion: GaussianDiffusion, stride: int = 1) -> list[int]:
+    """Return every stride-th t of the bound, from 0 on.
+
+    Where alpha_bar is 0 (the last t of `jsd`) x_t holds nothing of x_0: bound and sampler start
+    below.
+    """
+    return spaced_timesteps(diffusion, None, "trailing")[::-1][::stride]
+
+
 @torch.inference_mode()
 def bits_per_dim(
     denoiser: Denoiser,
@@ -108,12 +117,9 @@ def bits_per_dim(
     variance: str,
     batch_size: int,
     stride: int = 1,
-    progress: Callable[..., Any] | None = None,
+    progress: Callable[..., Iterable[Any]] = lambda work, total: work,
 ) -> Bound:
     """Return every term of the bound, each from one draw of noise, as in the official evaluation.
-
-    Where alpha_bar is 0 (the last t of `jsd`) x_t holds nothing of x_0: bound and sampler start
-    below.
 
     Args:
         denoiser: (x_t [B, C, H, W] float64, t [B]) -> x0_hat, clipped to [-1, 1]: `make_denoiser`
@@ -129,45 +135,34 @@ def bits_per_dim(
         ValueError: shapes that do not fit, a stride below 1, or a model of a single step.
     """
     if x_0.dtype != torch.uint8 or x_0.ndim != 4 or len(seeds) != len(x_0):
-        raise ValueError(
-            f"x_0 is {x_0.dtype} {list(x_0.shape)} with {len(seeds)} seeds; "
-            "uint8 [N, C, H, W] and N seeds are needed"
-        )
+        given = f"{x_0.dtype} {list(x_0.shape)} with {len(seeds)} seeds"
+        raise ValueError(f"x_0 is {given}; uint8 [N, C, H, W] and N seeds are needed")
     if stride < 1:
         raise ValueError(f"stride {stride} is less than 1")
-    times = spaced_timesteps(diffusion, None, "trailing")[::-1]  # 0, 1, 2, ...
+    times, kept = bound_times(diffusion), bound_times(diffusion, stride)
     if len(times) < 2:
         raise ValueError("a model of a single step has no variance for its decoder")
-    groups = [slice(i, i + batch_size) for i in range(0, len(x_0), batch_size)]
-    widths = [max(1, batch_size // len(x_0[rows])) for rows in groups]  # t in one network call
-    kept = times[::stride]
-
-    def batches() -> Iterator[tuple[slice, list[tuple[int, Tensor]]]]:
-        for rows, width in zip(groups, widths, strict=True):
-            noise = SeedNoise(seeds[rows], tuple(x_0.shape[1:]), x_0.device)
-            every = ((t, noise()) for t in times)  # also those that `stride` leaves out
-            draws = itertools.islice(every, 0, None, stride)
-            while batch := list(itertools.islice(draws, width)):
-                yield rows, batch
-
-    def terms(x: Tensor, batch: list[tuple[int, Tensor]]) -> Tensor:
-        """Return bits and squared errors, [2, B, K] on the CPU, of x [B, C, H, W] at K (t, eps)."""
-        x = x.to("cpu" if x.device.type == "mps" else x.device).double()  # mps has no float64
-        x_t = torch.cat([diffusion.q_sample(x, t, eps.to(x)) for t, eps in batch])
-        t = torch.tensor([t for t, _ in batch], device=x.device).repeat_interleave(len(x))
-        found = []
-        for (at, _), x0_hat in zip(batch, denoiser(x_t, t).split(len(x)), strict=True):
-            bits = bound_term(diffusion, x, x0_hat, at, variance)
-            found.append(torch.stack([bits, (x - x0_hat).square().flatten(1).mean(1)]))
-        return torch.stack(found, dim=-1).cpu()
-
-    todo: Any = batches()
-    if progress:
-        todo = progress(todo, total=sum(math.ceil(len(kept) / width) for width in widths))
+    work = []  # (images, t) of each network call, as slices
+    for start in range(0, len(x_0), batch_size):
+        rows = slice(start, start + batch_size)
+        width = max(1, batch_size // len(x_0[rows]))
+        work += [(rows, slice(i, i + width)) for i in range(0, len(kept), width)]
     bits, mse = torch.empty(2, len(x_0), len(kept), dtype=torch.float64)
-    for rows, batch in todo:
-        columns = slice(kept.index(batch[0][0]), kept.index(batch[-1][0]) + 1)
-        bits[rows, columns], mse[rows, columns] = terms(from_uint8(x_0[rows]), batch)
+    device = "cpu" if x_0.device.type == "mps" else x_0.device  # mps has no float64
+    for rows, columns in progress(work, total=len(work)):
+        if columns.start == 0:
+            draw = SeedNoise(seeds[rows], tuple(x_0.shape[1:]), x_0.device)
+            # also for those t that `stride` leaves out
+            noise = islice((draw().to(device).double() for _ in times), 0, None, stride)
+            x = from_uint8(x_0[rows]).to(device).double()
+        some = torch.tensor(kept[columns], device=device)
+        x_t = torch.cat([diffusion.q_sample(x, t, next(noise)) for t in kept[columns]])
+        estimates = denoiser(x_t, some.repeat_interleave(len(x))).split(len(x))
+        pairs = list(zip(kept[columns], estimates, strict=True))
+        terms = [bound_term(diffusion, x, x0_hat, t, variance) for t, x0_hat in pairs]
+        errors = [(x - x0_hat).square().flatten(1).mean(1) for _, x0_hat in pairs]
+        bits[rows, columns] = torch.stack(terms, dim=1).cpu()
+        mse[rows, columns] = torch.stack(errors, dim=1).cpu()
     prior = prior_term(diffusion, from_uint8(x_0.cpu()), times[-1])
     return Bound(torch.tensor(kept), bits, mse, prior)
 
@@ -184,13 +179,11 @@ def likelihood_scores(bound: Bound, *, stride: int, timesteps: int) -> dict[str,
     rate = bound.prior + bound.bits[:, 1:] @ torch.from_numpy(share)
     distortion = bound.bits[:, 0]
     mark = "" if stride == 1 else f"-estimate (stride {stride})"
-    parts = {
-        f"nll{mark}" if mark else "NLL": rate + distortion,
-        f"rate{mark}": rate,
-        "distortion": distortion,
-        "prior": bound.prior,
-    }
+    parts = {f"nll{mark}" if mark else "NLL": rate + distortion, f"rate{mark}": rate}
+    parts |= {"distortion": distortion, "prior": bound.prior}
     count = len(bound.prior)
-    error_is = f"standard error over {count} images"
     error = lambda bits: (bits.std() / count**0.5).item() if count > 1 else None
-    return {name: Score(bits.mean().item(), error(bits), error_is) for name, bits in parts.items()}
+    return {
+        name: Score(bits.mean().item(), error(bits), f"standard error over {count} images")
+        for name, bits in parts.items()
+    }
