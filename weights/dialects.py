@@ -6,7 +6,7 @@ layers otherwise. What our network or process cannot represent is refused by key
 
 import json
 import re
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
@@ -17,79 +17,59 @@ from model import group_count
 
 # ---- names
 
-_SAME = [("", "", "")]
-_CONV = [("conv", "conv", "conv")]
-_BLOCK = [(name,) * 3 for name in ("norm1", "conv1", "norm2", "conv2")]
-_BLOCK += [("temb_proj", "time_emb_proj", "temb_proj")]
-_BLOCK += [("nin_shortcut", "conv_shortcut", "nin_shortcut")]
-_ATTENTION = [("norm", "group_norm", "norm"), ("proj_out", "to_out.0", "proj_out")]
-_ATTENTION += [(part, f"to_{part}", part) for part in "qkv"]
-# The place of layers in our network, in diffusers' and in TensorFlow's, and the layers there. {i}
-# counts levels from the finest, {j} from the coarsest; {b} counts blocks from 0, {b1} from 1.
+# The place of layers in our network and in diffusers'. {i} counts levels from the finest, {j} from
+# the coarsest; {b} counts blocks from 0, {b1} from 1. conv_in and conv_out are the same.
 _PLACES = [
-    ("conv_in", "conv_in", "conv_in", _SAME),
-    ("conv_out", "conv_out", "conv_out", _SAME),
-    ("norm_out", "conv_norm_out", "norm_out", _SAME),
-    ("temb.dense.{b}", "time_embedding.linear_{b1}", "temb/dense{b}", _SAME),
-    ("down.{i}.block.{b}", "down_blocks.{i}.resnets.{b}", "down_{i}/block_{b}", _BLOCK),
-    ("down.{i}.attn.{b}", "down_blocks.{i}.attentions.{b}", "down_{i}/attn_{b}", _ATTENTION),
-    ("down.{i}.downsample", "down_blocks.{i}.downsamplers.0", "down_{i}/downsample", _CONV),
-    ("mid.block_{b1}", "mid_block.resnets.{b}", "mid/block_{b1}", _BLOCK),
-    ("mid.attn_{b1}", "mid_block.attentions.{b}", "mid/attn_{b1}", _ATTENTION),
-    ("up.{i}.block.{b}", "up_blocks.{j}.resnets.{b}", "up_{i}/block_{b}", _BLOCK),
-    ("up.{i}.attn.{b}", "up_blocks.{j}.attentions.{b}", "up_{i}/attn_{b}", _ATTENTION),
-    ("up.{i}.upsample", "up_blocks.{j}.upsamplers.0", "up_{i}/upsample", _CONV),
+    ("norm_out", "conv_norm_out"),
+    ("temb.dense.{b}", "time_embedding.linear_{b1}"),
+    ("down.{i}.block.{b}", "down_blocks.{i}.resnets.{b}"),
+    ("down.{i}.attn.{b}", "down_blocks.{i}.attentions.{b}"),
+    ("down.{i}.downsample", "down_blocks.{i}.downsamplers.0"),
+    ("mid.block_{b1}", "mid_block.resnets.{b}"),
+    ("mid.attn_{b1}", "mid_block.attentions.{b}"),
+    ("up.{i}.block.{b}", "up_blocks.{j}.resnets.{b}"),
+    ("up.{i}.attn.{b}", "up_blocks.{j}.attentions.{b}"),
+    ("up.{i}.upsample", "up_blocks.{j}.upsamplers.0"),
 ]
-OURS, DIFFUSERS, TENSORFLOW = range(3)
-_SEPARATOR = {OURS: ".", DIFFUSERS: ".", TENSORFLOW: "/"}
-_LAYERS = [
-    tuple(_SEPARATOR[d].join(filter(None, (place[d], layer[d]))) for d in _SEPARATOR)
-    for *place, layers in _PLACES
-    for layer in layers
-]
-_PATTERNS = [
-    [re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(name))) for name in layer]
-    for layer in _LAYERS
-]
-_LEAVES = {"W": "weight", "gamma": "weight", "b": "bias", "beta": "bias"}
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_LAYERS = {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut", "norm": "group_norm"}
+_LAYERS |= {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_OLD_LAYERS = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+_OUR_LAYERS = {theirs: ours for ours, theirs in _LAYERS.items()} | _OLD_LAYERS
+_TENSORFLOW_LEAVES = {"W": "weight", "gamma": "weight", "b": "bias", "beta": "bias"}
 
 
-def rename(name: str, levels: int, *, dialect: int, to: int) -> str:
-    """Return a tensor's name in another dialect; one that no dialect knows stays as it is."""
-    stem, _, leaf = name.rpartition(_SEPARATOR[dialect])
-    for layer, patterns in zip(_LAYERS, _PATTERNS, strict=True):
-        if match := patterns[dialect].fullmatch(stem):
+def rename(name: str, levels: int, *, to_ours: bool) -> str:
+    """Return our name of diffusers' tensor, or theirs of ours; an unknown one stays as it is."""
+    layers = _OUR_LAYERS if to_ours else _LAYERS
+    for pair in _PLACES:
+        place, other = reversed(pair) if to_ours else pair
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(f"{place}."))
+        if match := re.match(pattern, name):
             index = {key: int(value) for key, value in match.groupdict().items()}
-            for one, other in (("i", "j"), ("j", "i")):
-                if one in index:
-                    index.setdefault(other, levels - 1 - index[one])
-            index.setdefault("b", index.get("b1", 1) - 1)
-            index.setdefault("b1", index["b"] + 1)
-            return f"{layer[to].format(**index)}{_SEPARATOR[to]}{_LEAVES.get(leaf, leaf)}"
+            i = index.get("i", levels - 1 - index.get("j", 0))
+            b = index.get("b", index.get("b1", 1) - 1)
+            layer, dot, leaf = name[match.end() :].rpartition(".")
+            place = other.format(i=i, j=levels - 1 - i, b=b, b1=b + 1)
+            return f"{place}.{layers.get(layer, layer)}{dot}{leaf}"
     return name
 
 
 def to_our_names(state: dict) -> dict[str, Tensor]:
     """Return the tensors of any dialect under our names, in float32."""
-    names = {name: str(name).removeprefix("module.").removeprefix("model/") for name in state}
-    numbers = [re.match(r"(?:down|up)(?:_blocks)?[._](\d+)", name) for name in names.values()]
-    levels = 1 + max((int(number[1]) for number in numbers if number), default=0)
+    names = {old: str(old).removeprefix("module.").removeprefix("model/") for old in state}
+    numbers = re.findall(r"(?m)^(?:down|up)_blocks\.(\d+)", "\n".join(names.values()))
+    levels = 1 + max(map(int, numbers), default=0)
     ours = {}
     for old, name in names.items():
-        value, dialect = state[old], OURS
-        if "/" in name:
-            dialect = TENSORFLOW
-            if name.endswith("/W") and getattr(value, "ndim", 0) > 1:
+        value = state[old]
+        if "/" in name:  # TensorFlow's: down_0/block_1/conv1/W, mid/attn_1/q/b, temb/dense0/b
+            stem, _, leaf = name.rpartition("/")
+            if leaf == "W" and getattr(value, "ndim", 0) > 1:
                 value = value.movedim((-1, -2), (0, 1))  # [in, out] or [height, width, in, out]
-        elif re.match("(down|up|mid)_block|time_embedding|conv_norm_out", name):
-            dialect = DIFFUSERS
-            layer = name.split(".")[-2] if "." in name else ""
-            if ".attentions." in name and layer in _OLD_ATTENTION:
-                name = name.replace(f".{layer}.", f".{_OLD_ATTENTION[layer]}.")
-        if isinstance(value, Tensor):
-            value = value.float()
-        ours[rename(name, levels, dialect=dialect, to=OURS)] = value
+            stem = re.sub(r"(?<!mid/)(down|up|block|attn|dense)_?(\d)", r"\1.\2", stem)
+            name = f"{stem.replace('/', '.')}.{_TENSORFLOW_LEAVES.get(leaf, leaf)}"
+        value = value.float() if isinstance(value, Tensor) else value
+        ours[rename(name, levels, to_ours=True)] = value
     return ours
 
 
@@ -109,64 +89,53 @@ _UNET_ABSENT: dict[str, Any] = {
     "resnet_time_scale_shift": "default", "add_attention": True, "class_embed_type": None,
     "num_class_embeds": None, "num_train_timesteps": None,
 }  # fmt: skip
+_UNET_OURS = _UNET_ABSENT | {
+    "_diffusers_version": "0.30.0", "freq_shift": 1, "flip_sin_to_cos": False,
+    "downsample_padding": 0, "norm_eps": 1e-6, "attention_head_dim": None,
+}  # fmt: skip
 _HINTS = {
     "sample_size": "the side of a square",
     "out_channels": "as many as in_channels (no learned variance)",
     "block_out_channels": "multiples of its first, which is 4 or more",
     "attention_head_dim": "null (one head)",
 }
-_SCHEDULERS = {
-    "DDPMScheduler": "ddpm",
-    "DDIMScheduler": "ddim",
-    "DPMSolverMultistepScheduler": "dpm++",
-}
+_SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
+_SCHEDULERS |= {"DPMSolverMultistepScheduler": "dpm++"}
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _BETAS = {"linear": "linear", "scaled_linear": "quad", "squaredcos_cap_v2": "cosine"}
 _VARIANCES = {f"fixed_{v}{log}": v for v in ("small", "large") for log in ("", "_log")}
 
 
-class _Layout(NamedTuple):
-    """A network's facts between the notations; `multipliers`, `attends` have one entry a level."""
+def _unet_of(tree: dict) -> dict[str, Any]:
+    """Return diffusers' config.json of our config's sections dataset and model."""
+    data, model = tree["dataset"], tree["model"]
+    size, multipliers = data["image_size"], model["channel_multipliers"]
+    attends = [size // 2**i in model["attention_resolutions"] for i in range(len(multipliers))]
+    return _UNET_OURS | {
+        "sample_size": size,
+        "in_channels": data["channels"],
+        "out_channels": data["channels"],
+        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "block_out_channels": [model["base_channels"] * m for m in multipliers],
+        "layers_per_block": model["num_res_blocks"],
+        "norm_num_groups": group_count(model["base_channels"]),
+        "dropout": model["dropout"],
+    }
 
-    size: int
-    channels: int
-    base: int
-    multipliers: list[int]
-    attends: list[bool]
-    blocks: int
-    dropout: float
 
-    def unet(self) -> dict[str, Any]:
-        """Return diffusers' config.json."""
-        attends = self.attends
-        return _UNET_ABSENT | {
-            "_diffusers_version": "0.30.0",
-            "freq_shift": 1,
-            "flip_sin_to_cos": False,
-            "downsample_padding": 0,
-            "norm_eps": 1e-6,
-            "sample_size": self.size,
-            "in_channels": self.channels,
-            "out_channels": self.channels,
-            "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-            "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-            "block_out_channels": [self.base * multiplier for multiplier in self.multipliers],
-            "layers_per_block": self.blocks,
-            "attention_head_dim": None,
-            "norm_num_groups": group_count(self.base),
-            "dropout": self.dropout,
-        }
-
-    def sections(self) -> dict[str, dict]:
-        """Return our config's sections dataset and model."""
-        model = {
-            "base_channels": self.base,
-            "channel_multipliers": self.multipliers,
-            "num_res_blocks": self.blocks,
-            "attention_resolutions": [self.size // 2**i for i, a in enumerate(self.attends) if a],
-            "dropout": float(self.dropout),
-        }
-        return {"dataset": {"image_size": self.size, "channels": self.channels}, "model": model}
+def _sections(
+    size: int, channels: int, base: int, widths: list[int], attends: list[bool], blocks: int
+) -> dict[str, dict]:
+    """Return our config's sections dataset and model; `widths`, `attends` have an entry a level."""
+    model = {
+        "base_channels": base,
+        "channel_multipliers": [width // base for width in widths] or [1],
+        "num_res_blocks": blocks,
+        "attention_resolutions": [size // 2**i for i, a in enumerate(attends) if a],
+        "dropout": 0.0,
+    }
+    return {"dataset": {"image_size": size, "channels": channels}, "model": model}
 
 
 def tree_of_diffusers(unet: dict, scheduler: dict | None) -> tuple[dict, list[str]]:
@@ -177,25 +146,17 @@ def tree_of_diffusers(unet: dict, scheduler: dict | None) -> tuple[dict, list[st
     """
     there = _UNET_ABSENT | unet
     widths, kinds = there["block_out_channels"], there["down_block_types"]
-    base = max([4, *widths[:1]])
-    attends = [kind == "AttnDownBlock2D" for kind in kinds[: len(widths)]]
-    attends += [False] * (len(widths) - len(attends))
-    size = there["sample_size"]
+    base, size = max([4, *widths[:1]]), there["sample_size"]
+    attends = ["AttnDownBlock2D" in kinds[i : i + 1] for i in range(len(widths))]
     if isinstance(size, list) and len({*size}) == 1:
         there["sample_size"] = size = size[0]
     attention_widths = {w for w, a in zip(widths, attends, strict=True) if a} | {*widths[-1:]}
     if attention_widths == {there["attention_head_dim"]}:
         there["attention_head_dim"] = None
-    layout = _Layout(
-        size if isinstance(size, int) else 0,
-        there["in_channels"],
-        base,
-        [width // base for width in widths] or [1],
-        attends,
-        there["layers_per_block"],
-        there["dropout"],
-    )
-    faults, needed = {}, layout.unet()
+    side = size if isinstance(size, int) else 2 ** len(widths)
+    tree = _sections(side, there["in_channels"], base, widths, attends, there["layers_per_block"])
+    tree["model"]["dropout"] = float(there["dropout"])
+    faults, needed = {}, _unet_of(tree)
     for key, value in there.items():
         if value != needed.get(key) and (key[:1] != "_" or key == "_class_name"):
             how = "is" if key in unet else "is absent, which diffusers reads as"
@@ -206,7 +167,7 @@ def tree_of_diffusers(unet: dict, scheduler: dict | None) -> tuple[dict, list[st
     process, sampling, wrong, notes = _process_of(scheduler)
     if wrong := [*faults.values(), *wrong]:
         raise ValueError("\n  ".join(["this network cannot represent it:", *wrong]))
-    return layout.sections() | {"diffusion": process, "sampling": sampling}, notes
+    return tree | {"diffusion": process, "sampling": sampling}, notes
 
 
 def _process_of(scheduler: dict | None) -> tuple[dict, dict, list[str], list[str]]:
@@ -234,14 +195,13 @@ def _process_of(scheduler: dict | None) -> tuple[dict, dict, list[str], list[str
     else:
         names = get_args(DiffusionConfig.model_fields["beta_schedule"].annotation)
         trees = [process | {"beta_schedule": name} for name in names]
-        process = next((tree for tree in trees if _same(betas_of(tree), betas)), process)
-        if "beta_schedule" not in process:
+        process = next((tree for tree in trees if _same(betas_of(tree), betas)), {})
+        if not process:
             faults.append("scheduler.trained_betas holds another schedule; needed: one by name")
     if scheduler.get("rescale_betas_zero_snr", False):
         faults.append("scheduler.rescale_betas_zero_snr is true; needed: false")
-    variance = "small"
-    if sampler == "ddpm":
-        variance = choice("variance_type", "fixed_small", _VARIANCES)
+    ddpm = sampler == "ddpm"
+    variance = choice("variance_type", "fixed_small", _VARIANCES) if ddpm else "small"
     for key, ours in (("clip_sample", True), ("clip_sample_range", 1.0), ("thresholding", False)):
         if sampler != "dpm++" and (value := scheduler.get(key, ours)) != ours:
             notes.append(
@@ -271,23 +231,11 @@ def to_diffusers(config: Config) -> tuple[dict, dict]:
     Raises:
         ValueError: the first multiplier is not 1; UNet2DModel's first convolution has its width.
     """
-    model, data, process = config.model, config.dataset, config.diffusion
-    multipliers = model.channel_multipliers
+    multipliers, process = config.model.channel_multipliers, config.diffusion
     if multipliers[0] != 1:
         raise ValueError(
-            f"model.channel_multipliers is {multipliers}: diffusers' UNet2DModel can only "
-            "represent networks whose first is 1"
+            f"model.channel_multipliers is {multipliers}: the first of diffusers' UNet2DModel is 1"
         )
-    sizes = [data.image_size // 2**level for level in range(len(multipliers))]
-    layout = _Layout(
-        data.image_size,
-        data.channels,
-        model.base_channels,
-        multipliers,
-        [size in model.attention_resolutions for size in sizes],
-        model.num_res_blocks,
-        model.dropout,
-    )
     betas = {ours: theirs for theirs, ours in _BETAS.items()}.get(process.beta_schedule)
     scheduler = {
         "_class_name": "DDPMScheduler",
@@ -306,7 +254,7 @@ def to_diffusers(config: Config) -> tuple[dict, dict]:
         "timestep_spacing": "trailing",
         "steps_offset": 0,
     }
-    return layout.unet(), scheduler
+    return _unet_of(config.model_dump()), scheduler
 
 
 def infer_tree(state: dict[str, Tensor], image_size: int | None) -> tuple[dict, list[str]]:
@@ -331,7 +279,6 @@ def infer_tree(state: dict[str, Tensor], image_size: int | None) -> tuple[dict, 
         raise ValueError("the weights do not show the size of the images: add dataset.image_size=")
     size = image_size or 16 * 2 ** attends.index(True)  # the paper has attention at 16x16
     variance = "large" if size < 256 else "small"
-    multipliers = [width // base for width in widths]
-    tree = _Layout(size, channels, base, multipliers, attends, blocks, 0.0).sections()
+    tree = _sections(size, channels, base, widths, attends, blocks)
     tree |= {"diffusion": {}, "sampling": {"sampler": "ddpm", "variance": variance}}
     return tree, [f"images of {size}x{size}, the paper's linear schedule, variance {variance}"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from config import Config, differences, to_yaml
 from files import atomic_write
 from weights.checkpoint import write_checkpoint
-from weights.dialects import DIFFUSERS, OURS, rename, to_diffusers
+from weights.dialects import rename, to_diffusers
 from weights.load import read_model
 from weights.model import Model, load_model, model_of
 
@@ -145,7 +145,7 @@ def write_diffusers(model: Model, folder: Path, license: str) -> None:
     for name, value in tensors_of(model).items():
         attention = ".attn" in name and value.ndim == 4  # 1x1 convolutions here, matrices there
         value = value[:, :, 0, 0].contiguous() if attention else value
-        state[rename(name, levels, dialect=OURS, to=DIFFUSERS)] = value
+        state[rename(name, levels, to_ours=False)] = value
     parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
     version = unet["_diffusers_version"]
     trees = {

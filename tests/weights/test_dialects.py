@@ -21,14 +21,7 @@ from config import load_config
 from diffusion_utils import GaussianDiffusion
 from model import UNet, build_network
 from weights import Model, copy_tensors, load_model
-from weights.dialects import (
-    DIFFUSERS,
-    OURS,
-    infer_tree,
-    rename,
-    to_diffusers,
-    tree_of_diffusers,
-)
+from weights.dialects import infer_tree, rename, to_diffusers, tree_of_diffusers
 from weights.export import write_diffusers
 
 
@@ -37,9 +30,9 @@ def test_names_are_a_bijection(kwargs, count):
     with torch.device("meta"):
         names = list(UNet(**kwargs).state_dict())
     levels = len(kwargs["channel_multipliers"])
-    theirs = [rename(name, levels, dialect=OURS, to=DIFFUSERS) for name in names]
+    theirs = [rename(name, levels, to_ours=False) for name in names]
     assert len({*theirs}) == len(names) == count
-    assert [rename(name, levels, dialect=DIFFUSERS, to=OURS) for name in theirs] == names
+    assert [rename(name, levels, to_ours=True) for name in theirs] == names
 
 
 def old_names(state: dict) -> dict:
