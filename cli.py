@@ -61,6 +61,8 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
         reason = text.splitlines()[0] if text else type(error).__name__
         return f"this does not fit into memory; try less of it ({reason})"
+    if isinstance(error, UnicodeEncodeError):
+        return f"this locale cannot write {error.object!r}; set PYTHONUTF8=1"
     if isinstance(error, OSError) and error.strerror:  # as the system gives it
         names = [os.fsdecode(n) for n in (error.filename, error.filename2) if n is not None]
         where = f"{' -> '.join(names)}: " if names else ""
