@@ -71,7 +71,7 @@ def describe(error: BaseException) -> str:
 
 
 def guard() -> None:
-    """From here on an installation that cannot work ends in `describe`, not in a traceback.
+    """Let an installation that cannot work end in `describe` from here on, not in a traceback.
 
     Ctrl-C ends with 130 also while packages are imported, and names in letters that the
     terminal lacks are printed as it can.

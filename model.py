@@ -152,7 +152,7 @@ class UNet(Network):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier uniform, biases zero; gain 1e-5 where the official code asks for scale 0.
+        """Set Xavier uniform weights and zero biases; gain 1e-5 where the official code has scale 0.
 
         Done here for the whole tree, since a parent that initialised after its child would undo
         the near-zero layers: with them each residual branch starts silent and eps_hat near 0.
@@ -372,7 +372,7 @@ def at_precision(network: Network, precision: str) -> Network:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16; the environment's DDPM_BF16, 0 or 1, overrides."""
+    """Tell whether the hardware multiplies bfloat16; the variable DDPM_BF16, 0 or 1, overrides."""
     forced = os.environ.get("DDPM_BF16")
     if forced in ("0", "1"):
         return forced == "1"

@@ -67,7 +67,7 @@ OTHER = "additions, copies, casts, resizing"
 
 
 def in_range(function, name: str):
-    """`function`, seen by the profiler under `name`."""
+    """Return `function`, seen by the profiler under `name`."""
 
     def run(*arguments, **named):
         with record_function(name):
@@ -77,7 +77,7 @@ def in_range(function, name: str):
 
 
 def kind_of(event, forward_kinds: dict[int, str]) -> str:
-    """By its own name, else by its caller's; backward, by the forward operation it belongs to."""
+    """Return its own kind, else its caller's; backward, by the forward operation it belongs to."""
     while event is not None:
         if event.name.startswith("autograd::engine::evaluate_function"):
             return forward_kinds.get(event.sequence_nr, OTHER)
@@ -180,7 +180,7 @@ def lightning_table(rounds: int, steps: int) -> str:
 
 
 def marks(steps: int) -> tuple[int, int]:
-    """What is timed: neither the first steps nor the last, which saves."""
+    """Return what is timed: neither the first steps nor the last, which saves."""
     return steps // 10, steps - 2
 
 
@@ -216,7 +216,7 @@ def fit(config, steps: int) -> float:
 
 
 def growth_tables(options: Options, rounds: int) -> str:
-    """The CIFAR-10 network on larger images, larger batches and more sampling steps."""
+    """Measure the CIFAR-10 network on larger images, larger batches and more sampling steps."""
     calls = 1 if options.device.type == "cpu" else 40
     sizes = []
     for size in (32, 64, 128, 256):
@@ -260,7 +260,7 @@ def growth_tables(options: Options, rounds: int) -> str:
 
 
 def growing(options: Options, size: int, batch: int, calls: int):
-    """The model, the first `calls` sampling steps of it, and one training step."""
+    """Return the model, the first `calls` sampling steps of it, and one training step."""
     attention = "[16]" if size <= 128 else "[]"  # at 256 four levels do not reach 16
     config = load_config(
         ROOT / "configs/cifar10.yml",
@@ -299,7 +299,7 @@ def middle(turn, options: Options, rounds: int) -> float:
 
 
 def noise_table(options: Options, rounds: int) -> str:
-    """A generator for each image against one for the batch, in calls that a chain makes."""
+    """Compare a generator for each image with one for the batch, in calls that a chain makes."""
     shape, calls, rows = (3, options.image_size, options.image_size), 128, []
     for batch in (16, 256):
         report(f"noise: {batch} images")

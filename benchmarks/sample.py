@@ -53,7 +53,7 @@ def ours(options: Options, calls: int, compiled: bool = False) -> Contestant:
 
 
 def diffusers(options: Options, calls: int, fair: bool = False) -> Contestant:
-    """DDPMPipeline."""
+    """Return DDPMPipeline's turn."""
     from diffusers import DDPMPipeline, DDPMScheduler
 
     net = diffusers_net(options).eval()
@@ -67,7 +67,7 @@ def diffusers(options: Options, calls: int, fair: bool = False) -> Contestant:
 
 
 def denoising_diffusion(options: Options, calls: int, fair: bool = False) -> Contestant:
-    """The first steps of its p_sample_loop."""
+    """Return the first steps of its p_sample_loop."""
     from denoising_diffusion_pytorch import GaussianDiffusion
 
     size, net = options.image_size, denoising_diffusion_net(options)

@@ -59,7 +59,7 @@ def ours(options: Options, compiled: bool = False) -> Contestant:
 
 
 def diffusers(options: Options, fair: bool = False) -> Contestant:
-    """As examples/unconditional_image_generation/train_unconditional.py, with --use_ema."""
+    """Train as examples/unconditional_image_generation/train_unconditional.py, with --use_ema."""
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
@@ -97,7 +97,7 @@ def diffusers(options: Options, fair: bool = False) -> Contestant:
 
 
 def denoising_diffusion(options: Options, fair: bool = False) -> Contestant:
-    """As its Trainer: Adam, clipping, the EMA every ten steps."""
+    """Train as its Trainer: Adam, clipping, the EMA every ten steps."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA
 
