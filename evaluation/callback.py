@@ -25,7 +25,7 @@ class Evaluation(pl.Callback):
     """
 
     def __init__(self, config: Config, console: Console):
-        self.config, self.settings, self.console = config, config.evaluation, console
+        self.config, self.console = config, console
         self.extractor = load_extractor(config.evaluation.extractor)
 
     @torch.inference_mode()
@@ -36,38 +36,33 @@ class Evaluation(pl.Callback):
         self.shape = images.shape
         self.console.print(f"evaluation: against {len(images):,} images, by {self.extractor}")
         cache = Path(self.config.dataset.cache)
-        self.reference = reference_statistics(
-            images, self.extractor, self.ranks, cache, batch_size=BATCH
-        )
+        self.reference = reference_statistics(images, self.extractor, self.ranks, cache, BATCH)
 
     @torch.inference_mode()
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, *_: object
     ) -> None:
-        if trainer.global_step % self.settings.evaluate_every:
+        step, count = trainer.global_step, self.config.evaluation.evaluate_images
+        if step % self.config.evaluation.evaluate_every:
             return
         assert isinstance(module, DDPM)
-        count = self.settings.evaluate_images
         tally = Tally.of(self.extractor, count, self.shape, keep=count)
-        signals = Checkpoints.of(trainer)
         module.eval()
         for batch in self.ranks.share(count, BATCH):
-            if signals.signalled():  # all ranks ask together
+            if Checkpoints.of(trainer).signalled():  # all ranks ask together
                 break
             for seeds, images in quick_images(module, module.ema, batch):
                 tally.add(seeds, *self.extractor(images.to(self.ranks.device)))
         else:
             self.ranks.add_up(*tally.tensors())
             if self.ranks.is_first:
-                self._log(trainer, tally, len(quick_steps(module.diffusion)))
+                by = f"dpm++ {len(quick_steps(module.diffusion))}"
+                wanted = ("fid", "is", "kid") if tally.classes else ("fid", "kid")
+                scores = compute(wanted, tally, self.reference)
+                values = {
+                    f"evaluation/{name if '-' in name else f'{name}-{count}'} {by}": score.value
+                    for name, score in scores.items()
+                }
+                for logger in trainer.loggers:
+                    logger.log_metrics(values, step)
         module.train()
-
-    def _log(self, trainer: pl.Trainer, tally: Tally, steps: int) -> None:
-        wanted = ("fid", "is", "kid") if tally.classes else ("fid", "kid")
-        scores = compute(wanted, tally, self.reference)
-        found = {
-            f"evaluation/{name if '-' in name else f'{name}-{tally.count}'} dpm++ {steps}": s.value
-            for name, s in scores.items()
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(found, trainer.global_step)

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 
 from dataset import FolderImages, Images
 from evaluation.extractor import Extractor
-from evaluation.metrics import KEPT, Statistics, Tally, load_statistics, save_statistics
+from evaluation.metrics import KEPT, Statistics, Tally, load_statistics, save_arrays
 
+AnyImages = Images | FolderImages
 Advance = Callable[[float], object]  # hears how many images more are done
 PATIENCE = timedelta(days=7)  # a rank may be slower than the others; that is no failure
 
@@ -59,22 +60,15 @@ class Ranks:
                 dist.reduce(tensor, dst=0, group=self._hosts)
 
     def measure(
-        self,
-        images: Iterable[tuple[list[int], Tensor]],
-        tally: Tally,
-        extractor: Extractor,
-        *,
-        first: int = 0,
+        self, images: Iterable[tuple[list[int], Tensor]], tally: Tally, extractor: Extractor
     ) -> None:
         """Fill a tally, which then holds on rank 0 what the metrics need of all ranks' images.
 
         Args:
-            images: this rank's, as (seeds or rows, uint8 [B, C, H, W]): a model's, a folder's, a
-                dataset's.
-            first: the seed or row of the first of all.
+            images: this rank's, as (rows, uint8 [B, C, H, W]).
         """
         for rows, pixels in images:
-            tally.add([row - first for row in rows], *extractor(pixels.to(self.device)))
+            tally.add(rows, *extractor(pixels.to(self.device)))
         self.add_up(*tally.tensors())
 
 
@@ -82,29 +76,19 @@ class Ranks:
 
 
 def read(
-    images: Images | FolderImages,
-    batches: Iterable[list[int]],
-    *,
-    rows: Sequence[int] | None = None,
-    advance: Advance = lambda count: None,
+    images: AnyImages, rows: Sequence[int], batches: Iterable[list[int]], advance: Advance
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (batch, uint8 images) of each batch that is not empty, as `generation.generate` does.
-
-    Args:
-        rows: which image a number in a batch means; None is the number itself.
-        advance: hears after each batch how many images it had.
-    """
+    """Yield (batch, uint8 images) of each batch of positions in `rows` that is not empty."""
     for batch in filter(None, batches):
-        yield batch, images[[rows[i] for i in batch] if rows else batch].images
+        yield batch, images[[rows[i] for i in batch]].images
         advance(len(batch))
 
 
 def reference_statistics(
-    images: Images | FolderImages,
+    images: AnyImages,
     extractor: Extractor,
     ranks: Ranks,
     cache: Path,
-    *,
     batch_size: int,
     advance: Advance = lambda count: None,
 ) -> Statistics | None:
@@ -120,11 +104,12 @@ def reference_statistics(
     if ranks.first(found is not None):
         return found
     tally = Tally.of(extractor, count, shape, keep=KEPT)
-    ranks.measure(read(images, ranks.share(count, batch_size), advance=advance), tally, extractor)
-    if not ranks.is_first:
-        return None
-    save_statistics(path, tally.statistics())
-    return tally.statistics()
+    batches = ranks.share(count, batch_size)
+    ranks.measure(read(images, range(count), batches, advance), tally, extractor)
+    if ranks.is_first:
+        found = tally.statistics()
+        save_arrays(path, **found._asdict())
+    return found
 
 
 # ---- Lightning starts the ranks
@@ -153,8 +138,8 @@ def build_predictor(device: str, devices: int | None) -> pl.Trainer:
     Raises:
         ValueError: there are not so many.
     """
-    kind, _, index = device.partition(":")
-    index, nodes = index if kind != "cpu" else "", 1
+    kind, _, index = device.partition(":") if device != "cpu:0" else ("cpu", "", "")
+    nodes = 1
     if TorchElasticEnvironment.detect():
         devices, nodes = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_WORLD_SIZE"])
     elif SLURMEnvironment.detect():

@@ -1,7 +1,4 @@
-"""Feature extractors, loaded without running code: torch-fidelity's by name, or a TorchScript file.
-
-The default is the Inception network that published FIDs and Inception scores are computed with.
-"""
+"""Feature extractors, loaded without running code: torch-fidelity's, or a TorchScript file."""
 
 import hashlib
 import os
@@ -46,10 +43,8 @@ class Extractor(nn.Module):
         if isinstance(features, tuple):
             (features,) = features
         if features.ndim != 2 or len(features) != len(images):
-            raise ValueError(
-                f"extractor {self.name}: features are {list(features.shape)} for {len(images)} "
-                "images; they must be [B, D]"
-            )
+            shapes = f"{list(features.shape)} for {len(images)} images"
+            raise ValueError(f"extractor {self.name}: features are {shapes}; they must be [B, D]")
         return features, logits
 
     def __str__(self) -> str:
@@ -71,22 +66,18 @@ def load_extractor(name: str = INCEPTION, weights: Path | None = None) -> Extrac
     try:
         import torch_fidelity.registry as registry
     except ImportError:
-        raise ValueError(
-            "FID, IS, KID and precision/recall are torch-fidelity's: pip install torch-fidelity"
-        ) from None
+        wrong = "FID, IS, KID and precision/recall need torch-fidelity: pip install torch-fidelity"
+        raise ValueError(wrong) from None
     if name not in registry.FEATURE_EXTRACTORS_REGISTRY:
         if weights:
             raise ValueError(f"extractor {name!r} is a file and holds its own weights")
         return _load_torchscript(Path(name), registry)
     if name.startswith("dinov2"):
-        raise ValueError(
-            f"extractor {name} downloads code and runs it when it is loaded, which is refused; "
-            "save it as TorchScript, and give that file"
-        )
+        wrong = "downloads code and runs it when it is loaded; give a TorchScript file of it"
+        raise ValueError(f"extractor {name} {wrong}")
+    weights = weights or (_download_inception() if name == INCEPTION else None)
     if weights and not weights.is_file():
         raise FileNotFoundError(f"no extractor weights at {weights}")
-    if name == INCEPTION and not weights:
-        weights = _download_inception()
     from torch_fidelity.utils import create_feature_extractor
 
     kind = registry.FEATURE_EXTRACTORS_REGISTRY[name]
@@ -103,7 +94,11 @@ def load_extractor(name: str = INCEPTION, weights: Path | None = None) -> Extrac
     except Exception as error:  # a file that holds no weights can raise anything
         reason = str(error).splitlines()[0]
         raise ValueError(f"{weights or name} does not hold weights of {name}: {reason}") from None
-    return Extractor(net, name, _file_digest(weights) if weights else _state_digest(net))
+    if weights:
+        return Extractor(net, name, _file_digest(weights))
+    state = ((key, tensor.contiguous().numpy()) for key, tensor in net.state_dict().items())
+    content = b"".join(key.encode() + array.tobytes() for key, array in state)
+    return Extractor(net, name, hashlib.sha256(content).hexdigest())
 
 
 def _load_torchscript(path: Path, registry: ModuleType) -> Extractor:
@@ -129,23 +124,11 @@ def _download_inception() -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256, progress=False)
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"Inception's weights cannot be downloaded ({error}); bring {url} here and name "
-                f"it by --extractor-weights, or put it at {path}"
-            ) from None
+            wrong = f"Inception's weights cannot be downloaded ({error})"
+            advice = f"bring {url} here and name it by --extractor-weights, or put it at {path}"
+            raise FileNotFoundError(f"{wrong}; {advice}") from None
     return path
 
 
 def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _state_digest(net: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -114,9 +114,8 @@ class Statistics(NamedTuple):
         return hashlib.sha256(content).hexdigest()[:16]
 
 
-def save_statistics(path: Path, statistics: Statistics) -> None:
+def save_arrays(path: Path, **arrays: Any) -> None:
     """Write an .npz, whole or not at all."""
-    arrays: dict[str, Any] = {k: v for k, v in statistics._asdict().items() if v is not None}
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
@@ -132,20 +131,15 @@ def load_statistics(path: Path) -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in Statistics._fields if key in file}
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or not an .npz: {error}") from None
-    try:
         mu, sigma = (arrays[key].astype(np.float64) for key in ("mu", "sigma"))
         features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
         count = int(arrays["count"]) if "count" in arrays else None
         (width,) = mu.shape
         fit = sigma.shape == (width, width) and (features is None or features.shape[1:] == (width,))
         if not (fit and np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError
-    except (KeyError, ValueError, TypeError):
-        raise ValueError(
-            f"{path} holds no statistics: finite mu [D], sigma [D, D], features [N, D]"
-        ) from None
+            raise ValueError("finite mu [D], sigma [D, D], features [N, D] are needed")
+    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} holds no statistics: {error}") from None
     return Statistics(count, mu, sigma, features)
 
 
@@ -173,15 +167,7 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
     """Return the FID, |mu - mu'|^2 + tr(sigma + sigma' - 2 (sigma sigma')^(1/2)).
 
     Heusel et al. 2017.
-
-    Raises:
-        ValueError: features of different extractors.
     """
-    if one.mu.shape != other.mu.shape:
-        raise ValueError(
-            f"the reference has features of {len(other.mu)} numbers and this extractor makes "
-            f"{len(one.mu)}: another extractor made it"
-        )
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
     pair = ({"mu": s.mu, "sigma": s.sigma} for s in (one, other))

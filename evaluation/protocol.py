@@ -12,13 +12,14 @@ from rich.progress import track
 from config import Config, SamplingConfig, did_you_mean, load_config
 from dataset import FolderImages, Images, sides
 from evaluation.extractor import Extractor, load_extractor
+from evaluation.likelihood import bound_times
 from evaluation.metrics import Statistics, Tally, load_statistics, spread
 from generation import resolve_precision, sampling_recipe
 from training.datamodule import open_images
 from weights import Model, load_model
 
 METRICS = {"fid": "FID", "is": "IS", "kid": "KID", "pr": "precision, recall", "nll": "NLL"}
-FEATURES = {"fid", "is", "kid", "pr"}
+COMPARED = {"fid": 2, "kid": 2, "pr": 4}  # with a reference; how many images they need
 # Ho et al. 2020, Tables 1 and 3: L_simple, T = 1000, 50,000 images against the training set
 PAPER = {
     ("cifar10", 32): {"FID": "3.17", "IS": "9.46 ± 0.11"},
@@ -30,6 +31,7 @@ PAPER_BITS = {
     "validation": {"NLL": "<= 3.75", "rate": "1.78", "distortion": "1.97"},
     "train": {"NLL": "<= 3.72"},
 }
+YAML = ".yml", ".yaml"
 
 
 @dataclass(frozen=True)
@@ -57,27 +59,25 @@ class Options:
 
 
 class Protocol:
-    """What is measured, by what, against what.
+    """What is measured; ValueError or OSError, for users, where it cannot be.
 
     Attributes:
         recipe: all that decides the numbers, as JSON.
         metrics: what is computed, in the order of `METRICS`.
-        model, config, images: what is measured; None where it has no such thing.
+        model, images: what is measured, one of them; config: the dataset's, None for files alone.
         count, shape: how many images, of (C, H, W); rows: which of those that are there.
-        reference, extractor, tally: what features need.
-
-    Raises:
-        ValueError, OSError: for users.
+        extractor, tally: where features are wanted; tally is not set elsewhere.
     """
+
+    config: Config | None = None
+    model: Model | None = None
+    images: Images | FolderImages | None = None
+    reference: Images | FolderImages | Statistics | None = None
+    extractor: Extractor | None = None
+    tally: Tally
 
     def __init__(self, options: Options, console: Console):
         self.options, self.console = options, console
-        self.config: Config | None = None
-        self.model: Model | None = None
-        self.images: Images | FolderImages | None = None
-        self.reference: Images | FolderImages | Statistics | None = None
-        self.extractor: Extractor | None = None
-        self.tally: Tally | None = None
         self.recipe: dict[str, Any] = {"source": str(options.source)}
         self._open_source()
         self._choose_metrics()
@@ -103,16 +103,16 @@ class Protocol:
     @property
     def name(self) -> str:
         """The run's name, also for its checkpoints, and the step; else the source's."""
-        source = self.options.source.resolve()
+        source, step = self.options.source.resolve(), self.recipe.get("step")
         if source.parent.name == "checkpoints":
             source = source.parent.parent
         name = source.name if source.is_dir() else source.stem
-        return f"{name}-step-{self.recipe['step']}" if self.recipe.get("step") else name
+        return f"{name}-step-{step}" if step else name
 
     def _open_source(self) -> None:
         """Open images that are there, or load a model that makes them."""
-        options, source = self.options, self.options.source
-        if source.suffix in (".yml", ".yaml"):
+        options, source, there = self.options, self.options.source, 50_000
+        if source.suffix in YAML:
             self.config = load_config(source)
             self.images = self.data[self.split]
             self.recipe["split"] = self.split
@@ -120,18 +120,16 @@ class Protocol:
             self.images = FolderImages(source)
         else:
             self.model = load_model(source, options.weights)
-            self.config = self.model.config
-            device = torch.device(options.device)
+            self.config, self.shape = self.model.config, self.model.shape
+            precision = resolve_precision(
+                self.config, torch.device(options.device), options.precision
+            )
             self.steps, self.drawing = sampling_recipe(
-                self.model,
-                options.sampling,
-                source=str(source),
-                precision=resolve_precision(self.config, device, options.precision),
+                self.model, options.sampling, source=str(source), precision=precision
             )
             for note in self.model.notes:
                 self.console.print(f"assumed: {note}")
             self.recipe |= {k: v for k, v in self.drawing.items() if k != "checkpoint"}
-            self.shape, there = self.model.shape, 50_000
         if self.images is not None:
             self.shape, there = self.images.shape, len(self.images)
             for key in options.sampling:
@@ -148,39 +146,43 @@ class Protocol:
     # ---- what is wanted, and what that needs
 
     def _choose_metrics(self) -> None:
-        wanted = parse_metrics(self.options.metrics)
+        asked = self.options.metrics
+        wanted = set(METRICS) if asked is None else {part.strip() for part in asked.split(",")}
+        for metric in sorted(wanted - METRICS.keys()):
+            raise ValueError(f"--metrics {metric!r} is unknown{did_you_mean(metric, METRICS)}")
         why_not = {} if self.model else {"nll": "only a model has a likelihood"}
-        if wanted & {"fid", "kid", "pr"}:
+        if wanted & COMPARED.keys():
             why_not |= self._open_reference()
-        if wanted & FEATURES:
+        if wanted - {"nll"}:
             keep = {"kid", "pr"} & (wanted - why_not.keys())
             why_not |= self._load_extractor(self.count if keep else 0)
         self.metrics = [m for m in METRICS if m in wanted and m not in why_not]
         for metric in [m for m in METRICS if m in wanted and m in why_not]:
-            if self.options.metrics:
+            if asked:
                 raise ValueError(f"--metrics {metric}: {why_not[metric]}")
             self.console.print(f"without {METRICS[metric]}: {why_not[metric]}")
         if not self.metrics:
             raise ValueError(f"nothing of {self.options.source} can be measured")
         self.recipe["metrics"] = self.metrics
-        if not FEATURES & set(self.metrics):  # nothing is sampled
-            self.tally = None
+        if self.metrics == ["nll"]:  # nothing is sampled
+            self.extractor = None
             for key in ("images", "seeds", "precision", *SamplingConfig.model_fields):
                 self.recipe.pop(key, None)
-        if "nll" in self.metrics:
-            self._prepare_likelihood()
+        if self.model and "nll" in self.metrics:
+            self._prepare_likelihood(self.model)
 
     def _open_reference(self) -> dict[str, str]:
         """Open it; return {metric: why it cannot be} of those that it does not allow."""
         name, path = self.options.reference, Path(self.options.reference)
+        real: Images | FolderImages | Statistics
         if name in ("train", "validation"):
             if self.config is None:
                 lacks = f"{self.options.source} has no dataset: say --reference"
-                return dict.fromkeys(("fid", "kid", "pr"), f"{lacks} FOLDER, CONFIG or FILE.npz")
-            real: Images | FolderImages | Statistics = self.data[name]
+                return dict.fromkeys(COMPARED, f"{lacks} FOLDER, CONFIG or FILE.npz")
+            real = self.data[name]
         elif path.suffix == ".npz":
             real = load_statistics(path)
-        elif path.suffix in (".yml", ".yaml"):
+        elif path.suffix in YAML:
             real = self._load(load_config(path))["train"]
         else:
             real = FolderImages(path, self.shape[:2] if self.config else None)
@@ -197,11 +199,10 @@ class Protocol:
             there, digest = len(real), real.fingerprint()
         self.reference = real
         self.recipe["reference"] = {"name": name, "digest": digest}
-        few = min(self.count, there)
         why_not = {
             metric: f"{few} images are too few for it, {least} are needed"
-            for metric, least in {"fid": 2, "kid": 2, "pr": 4}.items()
-            if few < least
+            for metric, least in COMPARED.items()
+            if (few := min(self.count, there)) < least
         }
         if isinstance(real, Statistics) and real.features is None:
             why_not |= dict.fromkeys(("kid", "pr"), f"{name} holds no features")
@@ -210,70 +211,59 @@ class Protocol:
     def _load_extractor(self, keep: int) -> dict[str, str]:
         """Load it; return {metric: why it cannot be} of those that it does not allow."""
         extractor = load_extractor(self.options.extractor, self.options.extractor_weights)
-        tally = Tally.of(extractor, self.count, self.shape, keep=keep)
-        real = self.reference
-        if isinstance(real, Statistics) and len(real.mu) != len(tally.sum):
+        self.extractor, real = extractor, self.reference
+        self.tally = Tally.of(extractor, self.count, self.shape, keep=keep)
+        if isinstance(real, Statistics) and len(real.mu) != len(self.tally.sum):
             raise ValueError(
                 f"--reference {self.options.reference} is of {len(real.mu)} features, and "
-                f"{extractor.name} makes {len(tally.sum)}: another extractor made it"
+                f"{extractor.name} makes {len(self.tally.sum)}: another extractor made it"
             )
-        self.extractor, self.tally = extractor, tally
         self.recipe["extractor"] = {"name": extractor.name, "sha256": extractor.digest}
-        return {} if tally.classes else {"is": f"extractor {extractor.name} tells no classes"}
+        return {} if self.tally.classes else {"is": f"extractor {extractor.name} tells no classes"}
 
-    def _prepare_likelihood(self) -> None:
-        assert self.model
-        stride, T = self.options.stride, self.model.diffusion.timesteps
+    def _prepare_likelihood(self, model: Model) -> None:
+        stride, T = self.options.stride, model.diffusion.timesteps
         if stride >= T - 1 > 0:
             raise ValueError(f"--stride {stride} leaves none of T = {T} but the first")
         there = len(self.data[self.split])
         if (self.options.nll_images or 0) > there:
             raise ValueError(f"--nll-images {self.options.nll_images}: {self.split} has {there}")
         self.nll_rows = spread(self.options.nll_images or there, there)
+        self.nll_times = bound_times(model.diffusion, stride)
         self.recipe["nll"] = {
             "split": self.split, "images": len(self.nll_rows), "stride": stride,
-            "variance": self.model.config.sampling.variance, "first seed": self.options.seed,
+            "variance": model.config.sampling.variance, "first seed": self.options.seed,
         }  # fmt: skip
 
     # ---- beside the paper
 
     def papers(self) -> dict[str, str]:
         """Return {metric: the paper's number} for this dataset."""
-        if self.config is None:
-            return {}
-        dataset = self.config.dataset
-        numbers = dict(PAPER.get((dataset.name, dataset.image_size), {}))
-        if numbers and "nll" in self.metrics and dataset.name == "cifar10":
-            numbers |= PAPER_BITS[self.split]
-        return numbers
+        data = self.config.dataset if self.config else None
+        numbers = PAPER.get((data.name, data.image_size), {}) if data else {}
+        bits = "IS" in numbers and "nll" in self.metrics  # CIFAR-10
+        return numbers | (PAPER_BITS[self.split] if bits else {})
 
     def departures(self) -> list[str]:
         """Return where this is not how the paper measures, in words."""
-        found = []
-        if self.tally and self.extractor:
-            if self.count != 50_000:
-                found.append(f"{self.count:,} images, not 50,000")
-            if not self.extractor.is_literature:
-                name = self.extractor.name
-                found.append(f"features of {name}, not of the literature's Inception")
-            if self.reference is not None and self.options.reference != "train":
-                found.append(f"against {self.options.reference}, not the training set")
-        if self.model is None:
-            return found
-        sampler, T = (self.drawing["sampler"], len(self.steps)), self.model.diffusion.timesteps
-        if self.tally and sampler != ("ddpm", T):
-            found.append(f"{sampler[0]} of {sampler[1]} steps, not ddpm of {T:,}")
-        if self.model.weights != "ema":
-            found.append("raw weights, not the EMA")
+        found, extractor, reference = [], self.extractor, self.options.reference
+        if extractor and self.count != 50_000:
+            found.append(f"{self.count:,} images, not 50,000")
+        if extractor and not extractor.is_literature:
+            found.append(f"features of {extractor.name}, not of the literature's Inception")
+        if extractor and self.reference is not None and reference != "train":
+            found.append(f"against {reference}, not the training set")
+        if self.model:
+            sampler, steps, T = (
+                self.drawing["sampler"],
+                len(self.steps),
+                self.model.diffusion.timesteps,
+            )
+            if extractor and (sampler, steps) != ("ddpm", T):
+                found.append(f"{sampler} of {steps} steps, not ddpm of {T:,}")
+            if self.model.weights != "ema":
+                found.append("raw weights, not the EMA")
         return found
-
-
-def parse_metrics(text: str | None) -> set[str]:
-    """Return the metrics of 'fid,is'; all of them where nothing is said."""
-    chosen = {part.strip() for part in text.split(",")} if text is not None else set(METRICS)
-    for metric in sorted(chosen - set(METRICS)):
-        raise ValueError(f"--metrics {metric!r} is unknown{did_you_mean(metric, METRICS)}")
-    return chosen
 
 
 def holds_images(path: Path) -> bool:
