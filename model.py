@@ -152,7 +152,7 @@ class UNet(Network):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Set Xavier uniform weights and zero biases; gain 1e-5 where the official code has scale 0.
+        """Set Xavier uniform weights, zero biases; gain 1e-5 where the official code has scale 0.
 
         Done here for the whole tree, since a parent that initialised after its child would undo
         the near-zero layers: with them each residual branch starts silent and eps_hat near 0.

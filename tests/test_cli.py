@@ -9,7 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from processes import PROJECT, run, start
+
+from cli import describe, usable_device
 
 SMOKE = PROJECT / "configs" / "smoke.yml"
 
@@ -74,3 +77,21 @@ def test_ctrl_c_while_packages_are_imported(tmp_path):
             time.sleep(1.5)
         process.send(signal.SIGINT)
         assert "Traceback" not in process.finish(130)
+
+
+def test_devices_are_checked_without_a_context_on_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", None)  # nothing is put there
+    assert [usable_device(d) for d in ("auto", "cuda", "cuda:1", "cpu")] == [
+        "cuda", "cuda", "cuda:1", "cpu",
+    ]  # fmt: skip
+    for wrong in ("cuda:2", "cuda:x", "tpu", "cuda:", ""):
+        with pytest.raises(ValueError, match=r"there are: cuda:0 \.\.\. cuda:1, .*cpu"):
+            usable_device(wrong)
+
+
+def test_a_locale_that_cannot_write_a_name_is_said():
+    with pytest.raises(UnicodeEncodeError) as caught:
+        "l\udcc3uft".encode()
+    assert describe(caught.value) == "this locale cannot write 'l\\udcc3uft'; set PYTHONUTF8=1"

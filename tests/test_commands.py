@@ -80,6 +80,8 @@ def test_a_second_run_gets_its_own_folder(place, monkeypatch):
         ("configs/smoke.yml --checkpoint-path nowhere.ckpt", "no checkpoint at nowhere.ckpt"),
         ("configs/smoke.yml --checkpoint-path configs/smoke.yml", "not a checkpoint"),
         ("configs/smoke.yml --checkpoint-path evil.ckpt", "asks to run"),
+        ("configs/smoke.yml --checkpoint-path /", "/ holds no checkpoint that can be read"),
+        ("configs/smoke.yml --checkpoint-path .", ". holds no checkpoint that can be read"),
         ("configs/smoke.yml --continue-training --run-name x", "no run lightning_logs/x"),
         ("configs/smoke.yml --run-name ../x", "cannot be called"),
         ("configs/smoke.yml --continue-training training.seed=1", "training.seed: 0 -> 1"),
@@ -260,6 +262,29 @@ def test_sample_fills_what_is_missing(place, monkeypatch):
     assert images(place / "samples") == first
 
 
+def test_precision_is_a_part_of_the_recipe(place, tmp_path, monkeypatch):
+    """An image made in float32 and one made in bfloat16 are two recipes; auto says which it is."""
+    line = f"sample.py lightning_logs/smoke --num-images 1 --output-dir '{tmp_path}/x'"
+    for forced, precision, other in (("1", "bfloat16", "float32"), ("0", "float32", "bfloat16")):
+        monkeypatch.setenv("DDPM_BF16", forced)
+        output = invoke(line.replace("/x", f"/{precision}"), place, monkeypatch, 0)
+        assert f"on cpu in {precision}" in output
+        made = Image.open(tmp_path / precision / "000000.png").info["recipe"]
+        assert f'"precision": "{precision}"' in made
+        again = f"{line} --precision {other}".replace("/x", f"/{precision}")
+        assert f"(precision {precision} -> {other})" in invoke(again, place, monkeypatch, 2)
+    for wrong, says in (
+        ("configs/smoke.yml", "and images go into a folder"),
+        ("evil.ckpt/x", "Not a"),
+    ):
+        said = invoke(line.replace(f"'{tmp_path}/x'", wrong), place, monkeypatch, 2)
+        assert says in said and len(said.splitlines()) == 1
+    same = f"{line} sampling.timesteps=4".replace("/x", "/4")
+    alias = f"{line} --timesteps 4".replace("/x", "/4")
+    assert "1 images written" in invoke(same, place, monkeypatch, 0)
+    assert "0 images written" in invoke(alias, place, monkeypatch, 0)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -287,6 +312,9 @@ def test_sample_options(place, options, tmp_path, monkeypatch):
         ("lightning_logs/smoke --timesteps 21", "timesteps 21 is outside 1 ... 20"),
         ("lightning_logs/smoke --image-size 9", "--image-size 9 is not a multiple of 2"),
         ("lightning_logs/smoke --eta 0.5", "--eta belongs to --sampler ddim"),
+        ("lightning_logs/smoke sampling.eta=0.5", "--eta belongs to --sampler ddim"),
+        ("lightning_logs/smoke sampling.etta=0.5", "no such key; did you mean eta?"),
+        ("lightning_logs/smoke training.seed=1", "here only sampling.key=value can be said"),
         ("lightning_logs/smoke --device tpu9", "--device tpu9"),
         ("lightning_logs/smoke --sampler euler", "--sampler"),
         ("lightning_logs/smoke --num-images 0", "--num-images"),
