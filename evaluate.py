@@ -50,12 +50,8 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 def evaluate(
     sampling: dict[str, Any],
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="What is measured.")],
-    metrics: Annotated[
-        str | None, typer.Option(help="Some of fid,is,kid,pr,nll. Default: all that apply.")
-    ] = None,
-    num_images: Annotated[
-        int | None, typer.Option(min=2, help="Number of images. Default: 50,000, or all there are.")
-    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="Of fid,is,kid,pr,nll; default: all.")] = None,
+    num_images: Annotated[int | None, typer.Option(min=2, help="Default: 50,000, or all.")] = None,
     reference: Annotated[
         str,
         typer.Option(
@@ -64,11 +60,10 @@ def evaluate(
         ),
     ] = "train",
     output: Annotated[
-        Path | None, typer.Option(help="Folder of metrics.json. Default: evaluations/NAME.")
+        Path | None, typer.Option(help="A folder. Default: evaluations/NAME.")
     ] = None,
     save_images: Annotated[
-        bool,
-        typer.Option("--save-images", help="Keep the images; a stopped evaluation continues."),
+        bool, typer.Option("--save-images", help="Keep the images; a stopped run continues.")
     ] = False,
     extractor: Annotated[
         str, typer.Option(help="Feature extractor: torch-fidelity's name, or a TorchScript file.")
@@ -81,19 +76,15 @@ def evaluate(
         typer.Option(help="Split for nll, or of a config. Default: validation, if there is one."),
     ] = None,
     nll_images: Annotated[
-        int | None, typer.Option(min=1, help="Number of the split's images for nll. Default: all.")
+        int | None, typer.Option(min=1, help="Images for nll. Default: all.")
     ] = None,
-    stride: Annotated[
-        int, typer.Option(min=1, help="Take every so many-th t only: an estimate of nll.")
-    ] = 1,
+    stride: Annotated[int, typer.Option(min=1, help="Estimate nll from each STRIDE-th t.")] = 1,
     seed: Seed = 0,
     weights: Weights = "ema",
     precision: Precision = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time on a device.")] = 64,
     device: Device = "auto",
-    devices: Annotated[
-        int | None, typer.Option(min=1, help="Number of devices. Default: every GPU, or one CPU.")
-    ] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="Default: all GPUs, or 1 CPU.")] = None,
 ) -> None:
     asked = dict(locals())  # as `Options` has them, one by one
     console = plain_console(quiet=not is_main_process())
@@ -103,14 +94,13 @@ def evaluate(
         from evaluation.distributed import OnEachDevice, build_predictor
         from evaluation.run import Measurement, Options
 
-        options = Options(**asked | {"device": usable_device(device)})
-        trainer = build_predictor(options.device, devices)
-        measurement = Measurement(options, console)
+        asked["device"] = usable_device(device)
+        trainer = build_predictor(asked["device"], devices)
+        measurement = Measurement(Options(**asked), console)
         if save_images:
-            images = measurement.folder / "images"
-            goes_on = f"what is finished is in {images}, the same command continues"
+            goes_on = f"the images are in {measurement.folder}; the same command continues"
         began = True
-        trainer.predict(OnEachDevice(measurement.work, *measurement.modules))
+        trainer.predict(OnEachDevice(measurement.work, measurement.model, measurement.extractor))
         if trainer.is_global_zero:
             measurement.report(trainer.world_size)
     except (KeyboardInterrupt, SystemExit):  # the second is what Lightning makes of the first

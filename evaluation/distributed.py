@@ -62,11 +62,7 @@ class Ranks:
     def measure(
         self, images: Iterable[tuple[list[int], Tensor]], tally: Tally, extractor: Extractor
     ) -> None:
-        """Fill a tally, which then holds on rank 0 what the metrics need of all ranks' images.
-
-        Args:
-            images: this rank's, as (rows, uint8 [B, C, H, W]).
-        """
+        """Add this rank's images, (rows, uint8 [B, C, H, W]), to a tally; rank 0 then has all."""
         for rows, pixels in images:
             tally.add(rows, *extractor(pixels.to(self.device)))
         self.add_up(*tally.tensors())
@@ -118,9 +114,9 @@ def reference_statistics(
 class OnEachDevice(pl.LightningModule):
     """`Trainer.predict` of this calls `work(ranks)` once on each device, with `nets` there."""
 
-    def __init__(self, work: Callable[[Ranks], None], *nets: nn.Module):
+    def __init__(self, work: Callable[[Ranks], None], *nets: nn.Module | None):
         super().__init__()
-        self.work, self.nets = work, nn.ModuleList(nets)
+        self.work, self.nets = work, nn.ModuleList(net for net in nets if net)
 
     def predict_dataloader(self) -> DataLoader:
         return DataLoader([0], batch_size=None)  # type: ignore[arg-type]
@@ -134,11 +130,8 @@ def build_predictor(device: str, devices: int | None) -> pl.Trainer:
 
     Args:
         device: cpu, cuda, cuda:1 or mps. devices: how many; None is every GPU, or one CPU.
-
-    Raises:
-        ValueError: there are not so many.
     """
-    kind, _, index = device.partition(":") if device != "cpu:0" else ("cpu", "", "")
+    kind, _, index = device.replace("cpu:0", "cpu").partition(":")
     nodes = 1
     if TorchElasticEnvironment.detect():
         devices, nodes = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_WORLD_SIZE"])

@@ -17,10 +17,7 @@ from generation import SeedNoise
 
 
 def posterior(diffusion: GaussianDiffusion, t: int) -> tuple[float, float, float]:
-    """Return c_t, c_0 and the variance of q(x_{t-1} | x_t, x_0), whose mean is c_t x_t + c_0 x_0.
-
-    Eq. 6 and 7.
-    """
+    """Return c_t, c_0, variance of q(x_{t-1} | x_t, x_0), of mean c_t x_t + c_0 x_0 (Eq. 6, 7)."""
     a_t, a_s, beta = diffusion.alpha_bar(t), diffusion.alpha_bar(t - 1), float(diffusion.betas[t])
     c_t = (1 - a_s) * math.sqrt(1 - beta) / (1 - a_t)
     return c_t, beta * math.sqrt(a_s) / (1 - a_t), beta * (1 - a_s) / (1 - a_t)
@@ -168,7 +165,7 @@ def bits_per_dim(
 
 
 def likelihood_scores(bound: Bound, *, stride: int, timesteps: int) -> dict[str, Score]:
-    """Return the bits/dim of a bound: the sum, and the rate and distortion that it is made of.
+    """Return the bits/dim of a bound, the rate and distortion that it is made of, and the prior.
 
     Where t were left out, the terms between are interpolated, and the names say so.
     """

@@ -1,9 +1,6 @@
 """FID, IS, KID, precision and recall: torch-fidelity's mathematics, in one pass over the images.
 
-A `Tally` takes an extractor's features in any order, from any number of processes, and holds what
-all metrics need. FID and IS are float64 sums, flat in memory; KID, precision and recall need the
-features themselves. Two tallies, or one and saved statistics, give what torch-fidelity's
-`calculate_metrics` gives on the same images in the same order.
+The numbers are those of its `calculate_metrics` on the same images in the same order.
 """
 
 import hashlib
@@ -27,10 +24,10 @@ NEIGHBOURS = 3  # of precision and recall
 
 
 class Tally:
-    """What the metrics need to know of N images' features, in float64 sums on the CPU.
+    """What the metrics need to know of N images' features, on the CPU.
 
-    Images come in any order, and each in one process: rows that another has are zero here, so
-    that adding `tensors()` over all processes gives the whole.
+    FID and IS need float64 sums; KID, precision and recall the features themselves. Images come in
+    any order, and each in one process: adding `tensors()` over all processes gives the whole.
 
     Args:
         count: N. width: D, of the features. classes: K, of the logits; 0 is none.
@@ -73,8 +70,7 @@ class Tally:
         slots = self.slot[rows]
         self.features[slots[slots >= 0]] = features[slots >= 0].float()
         if logits is not None:
-            log_p = logits.cpu().double().log_softmax(dim=1)
-            p = log_p.exp()
+            p = logits.cpu().double().log_softmax(dim=1).exp()
             self.p.index_add_(0, self.split_of[rows], p)
             # xlogy: a class of probability 0 adds nothing
             self.p_log_p.index_add_(0, self.split_of[rows], torch.xlogy(p, p).sum(dim=1))
@@ -92,8 +88,7 @@ class Tally:
     def inception_score(self) -> tuple[float, float]:
         """Return exp of the mean KL(p(y | x) to p(y)), mean and std over splits.
 
-        Salimans et al. 2016. The mean of p log p less q log q of its mean is that KL, and needs
-        sums alone.
+        Salimans et al. 2016. That KL is the mean of p log p less q log q of q, p's mean.
         """
         sizes = self.split_sizes.double()
         q = self.p / sizes[:, None]
@@ -158,16 +153,9 @@ class Score(NamedTuple):
     error: float | None = None
     error_is: str = ""
 
-    def facts(self) -> dict[str, Any]:
-        """Return what is known of it, for JSON."""
-        return {"value": self.value} if self.error is None else self._asdict()
-
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:
-    """Return the FID, |mu - mu'|^2 + tr(sigma + sigma' - 2 (sigma sigma')^(1/2)).
-
-    Heusel et al. 2017.
-    """
+    """Return |mu - mu'|^2 + tr(sigma + sigma' - 2 (sigma sigma')^(1/2)), Heusel et al. 2017."""
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
     pair = ({"mu": s.mu, "sigma": s.sigma} for s in (one, other))
@@ -187,10 +175,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Score:
 
 
 def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Return precision and recall (Kynkaanniemi et al. 2019); features [N, D] made, [M, D] real.
-
-    Distances are taken in blocks of 10,000 rows: some 2 GB at 50,000 images.
-    """
+    """Return precision and recall (Kynkaanniemi et al. 2019); features [N, D] made, [M, D] real."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     found = prc_features_to_metric(
@@ -200,11 +185,8 @@ def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]
 
 
 def compute(metrics: Iterable[str], tally: Tally, reference: Statistics | None) -> dict[str, Score]:
-    """Return {name: Score} of `metrics` (fid, is, kid, pr); all but `is` need a reference.
-
-    A name says how many images there were, unless they are the 50,000 of the literature, for all
-    but KID, which does not depend on it.
-    """
+    """Return {name: Score} of `metrics` (fid, is, kid, pr); all but `is` need a reference."""
+    # KID is unbiased at any N; the others' names say N, unless it is the literature's
     name = lambda metric: metric if tally.count == 50_000 else f"{metric}-{tally.count}"
     scores = {}
     if "fid" in metrics and reference:

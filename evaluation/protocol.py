@@ -58,7 +58,7 @@ class Options:
     devices: int | None
 
 
-class Protocol:
+class Plan:
     """What is measured; ValueError or OSError, for users, where it cannot be.
 
     Attributes:

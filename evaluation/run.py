@@ -21,7 +21,7 @@ from torch import Tensor
 from evaluation.distributed import Advance, Ranks, read, reference_statistics
 from evaluation.likelihood import Bound, bits_per_dim, likelihood_scores
 from evaluation.metrics import Score, Statistics, compute, save_arrays
-from evaluation.protocol import Options, Protocol
+from evaluation.protocol import Options, Plan
 from files import atomic_write
 from generation import generate, make_denoiser, pays_to_compile
 from generation.folder import fill, missing_seeds
@@ -32,21 +32,17 @@ from weights import Model
 VERSIONS = "torch", "torch_fidelity", "numpy", "scipy", "pytorch_lightning"
 
 
-class Measurement:
+class Measurement(Plan):
     """The work of one evaluation, shared by all ranks, and its report."""
 
     statistics: Statistics | None = None  # of the reference
     bound: Bound | None = None
 
     def __init__(self, options: Options, console: Console):
-        self.options, self.console = options, console
-        self.protocol = protocol = Protocol(options, console)
-        self.recipe = json.loads(json.dumps(protocol.recipe))
-        self.seeds = [options.seed + i for i in range(protocol.count)]
+        super().__init__(options, console)
+        self.seeds = [options.seed + i for i in range(self.count)]
         self.missing = set(self.seeds)
         self.folder = self._choose_folder()
-        both = protocol.model, protocol.extractor
-        self.modules = [module for module in both if module]  # what must be on each device
         self.seconds: dict[str, float] = {}
         self._announce()
 
@@ -57,89 +53,84 @@ class Measurement:
         for number in count(1):
             suffix = "" if number == 1 else f"-{number}"
             with suppress(ValueError):
-                return self._check(Path("evaluations", f"{self.protocol.name}{suffix}"))
+                return self._check(Path("evaluations", f"{self.name}{suffix}"))
         raise AssertionError
 
     def _check(self, folder: Path) -> Path:
         """Return the folder; ValueError where another recipe's numbers or images are in it."""
-        path, other = folder / "metrics.json", self.recipe
-        if path.exists():
-            try:
-                other = dict(json.loads(path.read_text())["recipe"])
-            except (ValueError, KeyError, TypeError):
-                wrong = f"{path} is not of this command; choose another --output"
-                raise ValueError(wrong) from None
+        path = folder / "metrics.json"
+        try:
+            other = dict(json.loads(path.read_text())["recipe"]) if path.exists() else self.recipe
+        except (ValueError, KeyError, TypeError):
+            wrong = f"{path} is not of this command; choose another --output"
+            raise ValueError(wrong) from None
         differing = [k for k in self.recipe | other if self.recipe.get(k) != other.get(k)]
         if differing:
             wrong = f"{folder} holds another evaluation ({', '.join(differing)} differ)"
             raise ValueError(f"{wrong}; choose another --output")
-        if self.options.save_images and self.protocol.model:
-            drawing = self.protocol.drawing
-            self.missing = set(missing_seeds(folder / "images", self.seeds, drawing))
+        if self.options.save_images and self.model:
+            self.missing = set(missing_seeds(folder / "images", self.seeds, self.drawing))
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def _announce(self) -> None:
-        protocol, recipe, text = self.protocol, self.recipe, self.recipe["source"]
-        if protocol.model:
+        recipe, text = self.recipe, self.recipe["source"]
+        if self.model:
             step = f"step {recipe['step']:,}, " if recipe["step"] else ""
             text += f" ({step}{recipe['weights']} weights)"
-        if extractor := protocol.extractor:
-            text += f": {protocol.count:,} images"
-            if protocol.model:
-                text += f" by {recipe['sampler']}, {recipe['timesteps']} steps"
-                text += f", in {recipe['precision']}"
-            text += f"\nfeatures: {extractor.name}, sha256 {extractor.digest}"
-            text += "\nalpha is dropped" if protocol.shape[0] in (2, 4) else ""
+        if self.extractor:
+            text += f": {self.count:,} images"
+            if self.model:
+                how = "by {sampler}, {timesteps} steps, in {precision}"
+                text += f" {how.format(**recipe)}"
+            text += f"\nfeatures: {self.extractor.name}, sha256 {self.extractor.digest}"
+            text += "\nalpha is dropped" if self.shape[0] in (2, 4) else ""
         self.console.print(f"{text}\noutput: {self.folder}")
 
     # ---- on each rank
 
     def work(self, ranks: Ranks) -> None:
         """Measure the reference, then the images, then the likelihood."""
-        protocol, options, extractor = self.protocol, self.options, self.protocol.extractor
         self.missing = ranks.first(self.missing)
-        real, size = protocol.reference, options.batch_size
+        real, size, extractor = self.reference, self.options.batch_size, self.extractor
         if isinstance(real, Statistics):
             self.statistics = real
         elif real is not None and extractor:
-            cache = Path(protocol.config.dataset.cache if protocol.config else "data/cache")
+            cache = Path(self.config.dataset.cache if self.config else "data/cache")
             with self._stage("reference", len(real) // ranks.count) as advance:
-                statistics = reference_statistics(real, extractor, ranks, cache, size, advance)
-                self.statistics = statistics
-        if model := protocol.model:
+                found = reference_statistics(real, extractor, ranks, cache, size, advance)
+                self.statistics = found
+        if model := self.model:
             batches = -(-len(self.missing) // (ranks.count * size))
             self.denoiser = make_denoiser(
-                at_precision(model.network, protocol.drawing["precision"]),
+                at_precision(model.network, self.drawing["precision"]),
                 model.diffusion,
-                times=[step.t for step in protocol.steps],
-                compiled=pays_to_compile(model.config, ranks.device, batches * len(protocol.steps)),
+                times=[step.t for step in self.steps],
+                compiled=pays_to_compile(model.config, ranks.device, batches * len(self.steps)),
             )
             self._forecast(ranks)
         if extractor:
             with self._stage("images", len(self.missing) // ranks.count) as advance:
-                ranks.measure(self._images(ranks, advance), protocol.tally, extractor)
-        if model and "nll" in protocol.metrics:
-            with self._stage("likelihood", len(protocol.nll_rows) // ranks.count) as advance:
+                ranks.measure(self._images(ranks, advance), self.tally, extractor)
+        if model and "nll" in self.metrics:
+            with self._stage("likelihood", len(self.nll_rows) // ranks.count) as advance:
                 self.bound = self._measure_likelihood(model, ranks, advance)
 
     def _images(self, ranks: Ranks, advance: Advance) -> Iterator[tuple[list[int], Tensor]]:
         """Yield (rows, uint8 images) of this rank, in an order that is always the same."""
-        protocol, size = self.protocol, self.options.batch_size
-        batches = [batch for batch in ranks.share(protocol.count, size) if batch]
-        if protocol.images is not None:
-            yield from read(protocol.images, protocol.rows, batches, advance)
+        size = self.options.batch_size
+        batches = [batch for batch in ranks.share(self.count, size) if batch]
+        if self.images is not None:
+            yield from read(self.images, self.rows, batches, advance)
             return
-        make = lambda seeds: next(
-            generate(
-                self.denoiser, protocol.steps, seeds, shape=protocol.shape, device=ranks.device,
-                batch_size=size, advance=advance,
-            )
-        )[1]  # fmt: skip
+        how: Any = {"shape": self.shape, "device": ranks.device, "advance": advance}
+        make = lambda some: next(generate(self.denoiser, self.steps, some, batch_size=size, **how))[
+            1
+        ]
         seeds = [[self.seeds[row] for row in batch] for batch in batches]
         if self.options.save_images:
             # whatever is there already: sums in another order have other last digits
-            drawn = fill(self.folder / "images", seeds, self.missing, protocol.drawing, make)
+            drawn = fill(self.folder / "images", seeds, self.missing, self.drawing, make)
         else:
             drawn = ((some, make(some)) for some in seeds)
         for batch, (_, images) in zip(batches, drawn, strict=True):
@@ -147,14 +138,14 @@ class Measurement:
 
     def _measure_likelihood(self, model: Model, ranks: Ranks, advance: Advance) -> Bound:
         """Return, on rank 0, the bound of all images; the i-th has the noise of the seed + i."""
-        protocol, options, rows = self.protocol, self.options, self.protocol.nll_rows
+        options, rows = self.options, self.nll_rows
         denoiser = make_denoiser(model.network, model.diffusion)  # in float32, whatever is drawn in
         # few images at a time, several t of each in a network call
         batches = ranks.share(len(rows), max(1, options.batch_size // 16))
-        t = torch.tensor(protocol.nll_times)
+        t = torch.tensor(self.nll_times)
         bits, mse = torch.zeros(2, len(rows), len(t), dtype=torch.float64)
         found = Bound(t, bits, mse, prior=torch.zeros(len(rows), dtype=torch.float64))
-        for batch, x_0 in read(protocol.data[protocol.split], rows, batches, advance):
+        for batch, x_0 in read(self.data[self.split], rows, batches, advance):
             part = bits_per_dim(
                 denoiser,
                 model.diffusion,
@@ -171,20 +162,20 @@ class Measurement:
 
     def _forecast(self, ranks: Ranks) -> None:
         """Say how long it will take, measured on network calls of a batch of real size."""
-        protocol, batch = self.protocol, min(self.options.batch_size, self.protocol.count)
+        batch = min(self.options.batch_size, self.count)
         share = lambda count: math.ceil(count / ranks.count / batch)
-        x = torch.zeros(batch, *protocol.shape, device=ranks.device)
-        run = lambda: self.denoiser(x, protocol.steps[0].t)
+        x = torch.zeros(batch, *self.shape, device=ranks.device)
+        run = lambda: self.denoiser(x, self.steps[0].t)
         call = median(timed(run, ranks.device) for _ in range(6))  # the first is slow
         said, total = [], 0.0
-        if extractor := protocol.extractor:
+        if extractor := self.extractor:
             extract = lambda: extractor(x.to(torch.uint8))
             features = min(timed(extract, ranks.device) for _ in range(2))
-            batches, steps = share(len(self.missing)), len(protocol.steps)
-            total += batches * steps * call + share(protocol.count) * features
+            batches, steps = share(len(self.missing)), len(self.steps)
+            total += batches * steps * call + share(self.count) * features
             said.append(f"{batches:,} batches of {batch} images x {steps:,} steps")
-        if "nll" in protocol.metrics:
-            calls = share(len(protocol.nll_rows) * len(protocol.nll_times))
+        if "nll" in self.metrics:
+            calls = share(len(self.nll_rows) * len(self.nll_times))
             total += calls * call
             said.append(f"{calls:,} calls for the likelihood")
         self.console.print(
@@ -215,20 +206,21 @@ class Measurement:
 
     def report(self, devices: int) -> None:
         """Print the table; write metrics.json and nll.npz."""
-        protocol, start = self.protocol, time.perf_counter()
-        scores: dict[str, Score] = {}
-        if protocol.extractor:
-            scores = compute(protocol.metrics, protocol.tally, self.statistics)
-        if self.bound and protocol.model:
-            T = protocol.model.diffusion.timesteps
+        start, scores = time.perf_counter(), dict[str, Score]()
+        if self.extractor:
+            scores = compute(self.metrics, self.tally, self.statistics)
+        if self.bound and self.model:
+            T = self.model.diffusion.timesteps
             scores |= likelihood_scores(self.bound, stride=self.options.stride, timesteps=T)
-            arrays = self.bound._asdict()
-            save_arrays(self.folder / "nll.npz", rows=protocol.nll_rows, **arrays)
+            save_arrays(self.folder / "nll.npz", rows=self.nll_rows, **self.bound._asdict())
         self.seconds["metrics"] = round(time.perf_counter() - start, 2)
         facts: dict[str, Any] = {
-            "scores": {name: score.facts() for name, score in scores.items()},
+            "scores": {
+                name: {"value": score.value} if score.error is None else score._asdict()
+                for name, score in scores.items()
+            },
             "recipe": self.recipe,
-            "not as in the paper": protocol.departures(),
+            "not as in the paper": self.departures(),
             "versions": {name: version(name) for name in VERSIONS if find_spec(name)},
             "devices": devices,
             "seconds": self.seconds,
@@ -240,7 +232,7 @@ class Measurement:
         self._print(scores)
 
     def _print(self, scores: dict[str, Score]) -> None:
-        say, papers = self.console.print, self.protocol.papers()
+        say, papers = self.console.print, self.papers()
         table = Table("", "value", "±", *(["Ho et al. 2020"] if papers else []))
         for name, score in scores.items():
             digits = 6 if name in ("KID", "prior") else 4
@@ -251,6 +243,6 @@ class Measurement:
         if any(name.startswith(("FID-", "IS-")) for name in scores):
             say("FID is biased upwards and IS downwards when images are few: "
                 "compare only with numbers of as many")  # fmt: skip
-        for line in self.protocol.departures():
+        for line in self.departures():
             say(f"not as in the paper: {line}")
         say(f"all of it: {self.folder / 'metrics.json'}")

@@ -23,9 +23,9 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from typer.testing import CliRunner
 
 import evaluate
-from evaluation import bits_per_dim
 from evaluation.callback import Evaluation
 from evaluation.extractor import INCEPTION
+from evaluation.likelihood import bits_per_dim
 from generation import make_denoiser
 from training.datamodule import open_images
 from weights import load_model

@@ -9,10 +9,9 @@ import torch
 from helpers import Evil
 from torch import nn
 
-from evaluation import Bound, Extractor, load_extractor
 from evaluation.distributed import Ranks
-from evaluation.extractor import INCEPTION
-from evaluation.likelihood import likelihood_scores
+from evaluation.extractor import INCEPTION, Extractor, load_extractor
+from evaluation.likelihood import Bound, likelihood_scores
 from evaluation.metrics import (
     Statistics,
     Tally,
