@@ -1,19 +1,5 @@
 #!/usr/bin/env python3
-"""Convert weights of other DDPM codes to ours, and ours to theirs."""
-
-if __name__ == "__main__":
-    import cli  # noqa: F401  (first: it speaks of packages that are missing)
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Literal
-
-import typer
-
-from cli import Overrides, Weights, fail, plain_console
-
-HELP = """
-Convert weights of other DDPM codes to ours, and ours to theirs.
+"""Convert weights of other DDPM codes to ours, and ours to theirs.
 
 Examples:
 
@@ -24,41 +10,55 @@ Examples:
   python convert.py export lightning_logs/digits digits.safetensors --format safetensors
 """
 
-IMPORT = """
-Write a checkpoint of ours from SOURCE.
+if __name__ == "__main__":
+    import cli  # noqa: F401  (first: it speaks of packages that are missing)
 
-SOURCE is a diffusers folder or its id on the Hub, official weights (a PyTorch state dict, a
-TensorFlow checkpoint, or .npz arrays under its names), or a safetensors file. Sizes, schedule,
-prediction and variance come from the files; SECTION.KEY=VALUE wins over them. The checkpoint holds
-weights alone: sample from it, evaluate it, or fine-tune it with train.py --checkpoint-path.
-"""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
 
-EXPORT = """
-Write a model for other programs.
+import typer
 
-diffusers: a folder with a model card that DDPMPipeline and DDIMPipeline load. safetensors: one
-file with the config inside, that sample.py takes. onnx: the network, (x, t) -> its prediction,
-for any number of images. Each is read back and compared before it gets its name.
-"""
+from cli import Overrides, Weights, fail, plain_console
 
-app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, help=HELP)
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
 
-@app.command("import", help=IMPORT)
+@contextmanager
+def one_message() -> Iterator[None]:
+    """End with the message of an error, or at Ctrl-C with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except Exception as error:  # an exporter can raise anything
+        raise typer.Exit(fail(error)) from None
+
+
+@app.command("import")
+@one_message()
 def import_(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Files, or an id on the Hub.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.ckpt", help="The checkpoint to write.")],
     overrides: Overrides = None,
 ) -> None:
-    def work() -> str:
-        from weights.export import import_model
+    """Write a checkpoint of ours from SOURCE.
 
-        return f"{import_model(source, out, overrides or [])}\nto sample: python sample.py {out}"
+    SOURCE is a diffusers folder or its id on the Hub, official weights (a PyTorch state dict, a
+    TensorFlow checkpoint, or .npz arrays under its names), or a safetensors file. Sizes, schedule,
+    prediction and variance come from the files; SECTION.KEY=VALUE wins over them. The checkpoint
+    holds weights alone: sample from it, evaluate it, or fine-tune it with train.py
+    --checkpoint-path.
+    """
+    from weights.export import import_model
 
-    say_or_fail(work)
+    about = import_model(source, out, overrides or [])
+    plain_console().print(f"{about}\nto sample: python sample.py {out}")
 
 
-@app.command(help=EXPORT)
+@app.command()
+@one_message()
 def export(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="What sample.py takes.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or a new file.")],
@@ -70,22 +70,15 @@ def export(
         str, typer.Option(help="For the model card: mit, cc-by-4.0, ...")
     ] = "unknown",
 ) -> None:
-    def work() -> str:
-        from weights.export import export_model
+    """Write a model for other programs.
 
-        return export_model(checkpoint, out, format, weights, license)
+    diffusers: a folder with a model card that DDPMPipeline and DDIMPipeline load. safetensors: one
+    file with the config inside, that sample.py takes. onnx: the network, (x, t) -> its prediction,
+    for any number of images. Each is read back and compared before it gets its name.
+    """
+    from weights.export import export_model
 
-    say_or_fail(work)
-
-
-def say_or_fail(work: Callable[[], str]) -> None:
-    """Print what the work has to say, or the one message of its error."""
-    try:
-        plain_console().print(work())
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except Exception as error:  # an exporter can raise anything
-        raise typer.Exit(fail(error)) from None
+    plain_console().print(export_model(checkpoint, out, format, weights, license))
 
 
 if __name__ == "__main__":

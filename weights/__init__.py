@@ -1,29 +1,14 @@
 """Trained weights: checkpoint files, models of any dialect in and out."""
 
-from weights.checkpoint import (
-    can_continue,
-    newest_checkpoint,
-    point_last_to,
-    read_checkpoint,
-    saved_steps,
-    up_to_date,
-    write_checkpoint,
-)
-from weights.load import ModelFiles, copy_tensors, read_model
-from weights.model import Model, load_model, model_of
-
-__all__ = [
-    "Model",
-    "ModelFiles",
-    "can_continue",
-    "copy_tensors",
-    "load_model",
-    "model_of",
-    "newest_checkpoint",
-    "point_last_to",
-    "read_checkpoint",
-    "read_model",
-    "saved_steps",
-    "up_to_date",
-    "write_checkpoint",
-]
+from weights.checkpoint import can_continue as can_continue
+from weights.checkpoint import newest_checkpoint as newest_checkpoint
+from weights.checkpoint import point_last_to as point_last_to
+from weights.checkpoint import read_checkpoint as read_checkpoint
+from weights.checkpoint import saved_steps as saved_steps
+from weights.checkpoint import up_to_date as up_to_date
+from weights.checkpoint import write_checkpoint as write_checkpoint
+from weights.load import ModelFiles as ModelFiles
+from weights.load import copy_tensors as copy_tensors
+from weights.load import read_model as read_model
+from weights.model import Model as Model
+from weights.model import load_model as load_model

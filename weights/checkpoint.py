@@ -17,21 +17,13 @@ from files import atomic_write
 
 
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
-    """Write a checkpoint whole or not at all.
-
-    Raises:
-        OSError: it could not be written; nothing has changed.
-    """
+    """Write a checkpoint, or raise OSError and change nothing."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         torch.save(checkpoint, file)
 
 
 def point_last_to(path: Path) -> None:
-    """Make the last.ckpt beside `path` a second name of it; a copy where links cannot be made.
-
-    Raises:
-        OSError: it could not be written; nothing has changed.
-    """
+    """Make the last.ckpt beside `path` a second name of it; a copy where links cannot be made."""
     with atomic_write(path.with_name("last.ckpt"), unique=True) as temporary:
         try:
             os.link(path, temporary)
@@ -42,8 +34,7 @@ def point_last_to(path: Path) -> None:
 def up_to_date(path: Path) -> Path:
     """Return `path`, or the newest whole checkpoint beside a last.ckpt that is missing or behind.
 
-    A crash between two renames leaves last.ckpt so. It is repaired where the folder can be
-    written, and a line says so.
+    A crash between two renames leaves it so. It is repaired where that can be done; a line says so.
     """
     steps = saved_steps(path.parent) if path.name == "last.ckpt" else []
     with suppress(OSError):  # nothing is there
@@ -72,8 +63,7 @@ def read_checkpoint(path: str | Path) -> dict:
     """Return a checkpoint of ours as plain data, checked byte for byte.
 
     Raises:
-        FileNotFoundError: nothing is there. OSError: it cannot be read. ValueError: it is damaged,
-            is not one of ours, or asks to run code, which is never done.
+        ValueError: it is damaged, is not one of ours, or asks to run code, which is never done.
     """
     checkpoint = read_plain(path)
     if not is_checkpoint(checkpoint):
@@ -92,8 +82,7 @@ def read_plain(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    fault = "is damaged or not a checkpoint"
-    archive, damaged = False, None
+    fault, archive, damaged = "is damaged or not a checkpoint", False, None
     try:
         archive = zipfile.is_zipfile(path)  # torch's format before 1.6 has no checksums
         if archive:
@@ -118,8 +107,7 @@ def read_plain(path: str | Path) -> Any:
 
 def can_continue(path: Path) -> bool:
     """Tell whether training can go on from it: a checkpoint of ours with the optimizer inside."""
-    data = _peek(path)
-    return is_checkpoint(data) and "optimizer_states" in data
+    return is_checkpoint(data := _peek(path)) and "optimizer_states" in data
 
 
 def _peek(path: Path) -> Any:
@@ -136,12 +124,9 @@ def saved_steps(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, dict]:
-    """Return the newest checkpoint of a run that can be read, with what is in it.
+    """Return the newest checkpoint of a run that can be read, with its content.
 
-    Those that are passed over are named, and a last.ckpt that is behind is repaired.
-
-    Raises:
-        FileNotFoundError: there is none.
+    It names those passed over, and repairs a last.ckpt that is behind. FileNotFoundError: none.
     """
     folder = run / "checkpoints"
     for path in [*reversed(saved_steps(folder)), folder / "last.ckpt"]:

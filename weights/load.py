@@ -6,16 +6,20 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from config import Config, DatasetConfig, apply_override, check_config
+from config import Config, apply_override, check_config
 from weights.checkpoint import is_checkpoint, newest_checkpoint, read_plain, up_to_date
 from weights.dialects import infer_tree, same_process, to_our_names, tree_of_diffusers
+
+_ABOUT = {"config", "step", "weights"}  # what tells our own exports
+_DATASETS = {"cifar": "cifar10", "celeba": "celebahq", "church": "lsun-church"}
+_DATASETS |= {"bedroom": "lsun-bedroom", "cat": "lsun-cat"}
 
 
 class ModelFiles(NamedTuple):
@@ -35,43 +39,68 @@ def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
 
     Args:
         source: a run's folder, a checkpoint or safetensors file of ours; a diffusers folder or its
-            id on the Hub; official weights as a PyTorch state dict (.ckpt, .bin,
-            .safetensors), as arrays under TensorFlow's names (.npz) or as a TensorFlow checkpoint.
+            id on the Hub; official weights in PyTorch (.ckpt, .bin, .safetensors), as arrays under
+            TensorFlow's names (.npz) or as a TensorFlow checkpoint.
         overrides: `section.key=value` that win over what the files say.
 
     Raises:
         FileNotFoundError: nothing is there. ValueError: it is damaged, asks to run code, or holds
             what our network cannot represent.
     """
-    path, overrides, data = Path(source), list(overrides), None
+    chosen: dict[str, dict] = {}
+    for override in overrides:
+        apply_override(chosen, override)
+    path, unet_json, data = _locate(Path(source))
+    about: dict[str, Any] = {}
+    notes: list[str] = []
+    if unet_json:
+        tree, ema, raw, about, notes = _read_diffusers(path, unet_json)
+    else:
+        if data is None:
+            data, about = _read_tensors(path)
+        if about.keys() >= _ABOUT:
+            tree, ema, raw = json.loads(about["config"]), data, data
+        elif is_checkpoint(data):
+            about = {"step": data["global_step"], "weights": data.get("weights")}
+            tree = data["hyper_parameters"]
+            raw, ema = (
+                {k.removeprefix(p): v for k, v in data["state_dict"].items() if k.startswith(p)}
+                for p in ("unet.", "ema.")
+            )
+        else:
+            about, (raw, ema) = {}, _raw_and_ema(path, data)
+            try:
+                tree, notes = infer_tree(ema, chosen.get("dataset", {}).get("image_size"))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+    tree = {key: {**(tree.get(key) or {}), **chosen.get(key, {})} for key in tree | chosen}
+    step, dataset = int(about.get("step", 0)), tree.setdefault("dataset", {})
+    if "name" not in dataset:
+        words = path.resolve().as_posix().lower()
+        dataset["name"] = next((n for word, n in _DATASETS.items() if word in words), "folder")
+        notes = [*notes, f"dataset.name={dataset['name']}"]
+    tree.setdefault("training", {}).setdefault("max_steps", max(1, step))
+    config = check_config(tree, source=f"the config of {path}")
+    return ModelFiles(path, config, ema, raw, step, notes, about.get("weights"))
+
+
+def _locate(path: Path) -> tuple[Path, Path | None, Any]:
+    """Return a model's file, or its diffusers folder with the network's config; and any content.
+
+    The content is that of a TensorFlow checkpoint or of a run's newest, which was read to find it.
+    """
     if path.suffix == ".index" or Path(f"{path}.index").is_file():
-        return _from_tensors(path, _read_tensorflow(path), overrides)
+        return path, None, _read_tensorflow(path)
     path = up_to_date(path)
     if not path.exists():
-        path = _fetch(str(source))
+        path = _fetch(str(path))
     if path.name.startswith("diffusion_pytorch_model") and (path.parent / "config.json").is_file():
         path = path.parent
-    if path.is_dir():
-        if unet_json := _find(path, "unet/config.json", "config.json"):
-            return _read_diffusers(path, unet_json, overrides)
-        path, data = newest_checkpoint(path)
-    if path.suffix == ".safetensors":
-        state, metadata = _read_safetensors(path)
-        if not {"config", "step", "weights"} <= metadata.keys():  # not ours
-            return _from_tensors(path, state, overrides)
-        tree, step = json.loads(metadata["config"]), int(metadata["step"])
-        return _finish(path, tree, state, state, overrides, step=step, only=metadata["weights"])
-    if path.suffix == ".npz":
-        return _from_tensors(path, _read_npz(path), overrides)
-    data = data or read_plain(path)
-    if not is_checkpoint(data):
-        return _from_tensors(path, data, overrides)
-    raw, ema = (
-        {k.removeprefix(p): v for k, v in data["state_dict"].items() if k.startswith(p)}
-        for p in ("unet.", "ema.")
-    )
-    tree, step = data["hyper_parameters"], data["global_step"]
-    return _finish(path, tree, ema, raw, overrides, step=step, only=data.get("weights"))
+    unet_json = _find(path, "unet/config.json", "config.json")
+    if unet_json or not path.is_dir():
+        return path, unet_json, None
+    path, data = newest_checkpoint(path)
+    return path, None, data
 
 
 def copy_tensors(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
@@ -125,8 +154,8 @@ def _read_json(path: Path) -> dict:
     return tree
 
 
-def _read_diffusers(folder: Path, unet_json: Path, overrides: list[str]) -> ModelFiles:
-    """Read a diffusers folder, of a pipeline or of its network alone."""
+def _read_diffusers(folder: Path, unet_json: Path) -> tuple[dict, dict, dict, dict, list[str]]:
+    """Read a pipeline or its network alone: (config, EMA, raw weights, ddpm.json, notes)."""
     name = "scheduler_config.json"
     scheduler_json = _find(folder, f"scheduler/{name}", name, f"../scheduler/{name}")
     unet, scheduler = _read_json(unet_json), _read_json(scheduler_json) if scheduler_json else None
@@ -134,48 +163,44 @@ def _read_diffusers(folder: Path, unet_json: Path, overrides: list[str]) -> Mode
         tree, notes = tree_of_diffusers(unet, scheduler)
     except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{folder}: {error}") from None
-    ema = raw = to_our_names(_read_diffusers_tensors(unet_json.parent))
+    ema = raw = _read_diffusers_tensors(unet_json.parent)
     if (folder / "unet_ema" / "config.json").is_file():  # by diffusers' training script
-        ema = to_our_names(_read_diffusers_tensors(folder / "unet_ema"))
+        ema = _read_diffusers_tensors(folder / "unet_ema")
     export_json = _find(unet_json.parent, "ddpm.json", "../ddpm.json")  # of our own export
-    ours = _read_json(export_json) if export_json else {}
-    if not {"config", "step", "weights"} <= ours.keys():
-        return _finish(folder, tree, ema, raw, overrides, notes=notes)
-    config = check_config(ours["config"], source=str(export_json)).model_dump()
+    about = _read_json(export_json) if export_json else {}
+    if not about.keys() >= _ABOUT:
+        return tree, ema, raw, {}, notes
+    config = check_config(about["config"], source=str(export_json)).model_dump()
     if same_process(config["diffusion"], tree["diffusion"]):
         tree["diffusion"] = config["diffusion"]
     if tree["sampling"]["sampler"] == "ddpm":  # the scheduler that we write
         tree["sampling"] = config["sampling"] | {"variance": tree["sampling"]["variance"]}
     tree = {section: config[section] | tree.get(section, {}) for section in config}
-    step, only = ours["step"], ours["weights"]
-    return _finish(folder, tree, ema, raw, overrides, step=step, notes=notes, only=only)
+    return tree, ema, raw, about, notes
 
 
-def _read_diffusers_tensors(folder: Path) -> dict:
+def _read_diffusers_tensors(folder: Path) -> dict[str, Tensor]:
     stem = "diffusion_pytorch_model"
-    candidates = [folder / f"{stem}.safetensors", folder / f"{stem}.bin"]
-    candidates += [*sorted(folder.glob(f"{stem}.*.safetensors")), *folder.glob(f"{stem}.*.bin")]
-    for path in candidates:
-        if path.is_file():
-            return _read_safetensors(path)[0] if path.suffix == ".safetensors" else read_plain(path)
+    for end in ("safetensors", "bin", "*.safetensors", "*.bin"):
+        for path in sorted(folder.glob(f"{stem}.{end}")):
+            if path.is_file():
+                return to_our_names(_read_tensors(path)[0])
     raise FileNotFoundError(f"{folder} holds no {stem}.safetensors or .bin")
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors and metadata."""
+def _read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
+    """Return what a file of any kind holds, and the metadata of a safetensors file."""
+    if path.suffix not in (".safetensors", ".npz"):
+        return read_plain(path), {}
     try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}, {}
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
-
-
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except Exception as error:  # a damaged archive can raise anything
-        raise ValueError(f"{path} is damaged or not plain arrays: {error}") from None
+    except Exception as error:  # a damaged file can raise anything
+        kind = path.suffix[1:]
+        raise ValueError(f"{path} is damaged or not a plain {kind} file: {error}") from None
 
 
 _TENSORFLOW_TO_NPZ = """
@@ -196,13 +221,12 @@ def _read_tensorflow(path: Path) -> dict[str, Tensor]:
         arrays = Path(folder) / "arrays.npz"
         command = [sys.executable, "-c", _TENSORFLOW_TO_NPZ, str(prefix), str(arrays)]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            if "No module named 'tensorflow'" in done.stderr:
-                hint = "`pip install tensorflow-cpu` to read it"
-                raise ValueError(f"{prefix} is a TensorFlow checkpoint: {hint}")
-            reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-            raise ValueError(f"{prefix} cannot be read by TensorFlow: {reason}")
-        return _read_npz(arrays)
+        if not done.returncode:
+            return _read_tensors(arrays)[0]
+    reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+    if "No module named 'tensorflow'" in reason:
+        reason = "`pip install tensorflow-cpu` to read it"
+    raise ValueError(f"{prefix} is a TensorFlow checkpoint: {reason}")
 
 
 def _fetch(source: str) -> Path:
@@ -215,76 +239,25 @@ def _fetch(source: str) -> Path:
 
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
     except ImportError:
-        reason = "`pip install huggingface_hub` to download it, if it is an id on the Hub"
-        raise FileNotFoundError(f"nothing at {source}: {reason}") from None
+        reason = "`pip install huggingface_hub` first"
     except Exception as error:  # a network and a service can raise anything
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"nothing at {source}, and it cannot be downloaded from the Hub: {reason}"
-        ) from None
-
-
-def _from_tensors(path: Path, data: Any, overrides: list[str]) -> ModelFiles:
-    """Take bare tensors of any dialect, with the config that their names and shapes imply."""
-    raw, ema = _raw_and_ema(path, data)
-    chosen: dict = {}
-    for override in overrides:
-        apply_override(chosen, override)
-    try:
-        tree, notes = infer_tree(ema, chosen.get("dataset", {}).get("image_size"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return _finish(path, tree, ema, raw, overrides, notes=notes)
+    raise FileNotFoundError(f"nothing at {source}, and no download from the Hub: {reason}")
 
 
 def _raw_and_ema(path: Path, data: Any) -> tuple[dict, dict]:
     """Return raw and EMA weights under our names; twice the same where there is one set."""
-    suffix = "/ExponentialMovingAverage"
+    suffix, leaves = "/ExponentialMovingAverage", ("/W", "/b", "/gamma", "/beta")
     if isinstance(data, list) and data and isinstance(data[0], dict):  # of the DDIM code
-        names = {str(name).removeprefix("module.") for name in data[0]}
-        last = data[-1] if isinstance(data[-1], dict) and {*data[-1]} == names else data[0]
-        sets = data[0], last
-    elif isinstance(data, dict) and any(str(name).endswith(suffix) for name in data):
-        leaves = ("/W", "/b", "/gamma", "/beta")
-        raw = {name: value for name, value in data.items() if name.endswith(leaves)}
-        sets = raw, {n.removesuffix(suffix): v for n, v in data.items() if n.endswith(suffix)}
-    elif isinstance(data, dict):
-        sets = (data.get("state_dict", data),) * 2
-    else:
+        raw, ema = data[0], data[-1]
+        names = {str(name).removeprefix("module.") for name in raw}
+        if not (isinstance(ema, dict) and {*ema} == names):
+            ema = raw
+    elif not isinstance(data, dict):
         raise ValueError(f"{path} holds no named tensors")
-    raw = to_our_names(sets[0])
-    return raw, raw if sets[1] is sets[0] else to_our_names(sets[1])
-
-
-_DATASETS = {
-    "cifar": "cifar10", "celeba": "celebahq", "church": "lsun-church", "bedroom": "lsun-bedroom",
-    "cat": "lsun-cat",
-}  # fmt: skip
-
-
-def _finish(
-    path: Path,
-    tree: dict,
-    ema: dict[str, Tensor],
-    raw: dict[str, Tensor],
-    overrides: list[str],
-    *,
-    step: int = 0,
-    notes: Iterable[str] = (),
-    only: str | None = None,
-) -> ModelFiles:
-    """Fill in what the files do not say, apply overrides, and check the config."""
-    notes = list(notes)
-    tree = {section: dict(values) for section, values in tree.items()}
-    dataset = tree.setdefault("dataset", {})
-    if "name" not in dataset:
-        known = get_args(DatasetConfig.model_fields["name"].annotation)
-        words = path.resolve().as_posix().lower()
-        guesses = [name for word, name in _DATASETS.items() if word in words and name in known]
-        dataset["name"] = guesses[0] if guesses else "folder"
-        notes.append(f"dataset.name={dataset['name']}")
-    tree.setdefault("training", {}).setdefault("max_steps", max(1, step))
-    for override in overrides:
-        apply_override(tree, override)
-    config = check_config(tree, source=f"the config of {path}")
-    return ModelFiles(path, config, ema, raw, step, notes, only)
+    elif ema := {n.removesuffix(suffix): v for n, v in data.items() if str(n).endswith(suffix)}:
+        raw = {name: value for name, value in data.items() if str(name).endswith(leaves)}
+    else:
+        raw = ema = data.get("state_dict", data)
+    ours = to_our_names(raw)
+    return ours, ours if ema is raw else to_our_names(ema)

@@ -15,15 +15,9 @@ from weights.load import ModelFiles, copy_tensors, read_model
 
 
 class Model(nn.Module):
-    """A network with trained weights, its process and its config; it answers in float32.
+    """A network (x_t, t) -> F with trained weights, and its process; it answers in float32.
 
-    Attributes:
-        network: (x_t, t) -> F, the bare prediction.
-        diffusion: the process.
-        config: the whole run's.
-        weights: "ema", what the paper samples, or "raw", the last training weights.
-        step: training steps that it has seen; 0 where its files do not say.
-        notes: what was assumed where its files are silent.
+    `config` is the whole run's; `weights` is "ema" or "raw"; `step`, `notes` are as in ModelFiles.
     """
 
     def __init__(self, network: Network, config: Config, *, weights: str, step: int, notes: list):
@@ -43,11 +37,7 @@ class Model(nn.Module):
         return data.channels, data.image_size, data.image_size
 
     def forward(self, x_t: Tensor, t: Tensor | int) -> Tensor:
-        """Return eps_hat [B, C, H, W], whatever the network predicts.
-
-        Args:
-            x_t: [B, C, H, W]. t: [B] or one for all, 0-based.
-        """
+        """Return eps_hat [B, C, H, W] of x_t; t, 0-based, is [B] or one for all."""
         return self.diffusion.predict_eps(x_t, t, self._predict(x_t, t))
 
     def predict_x_0(self, x_t: Tensor, t: Tensor | int) -> Tensor:
@@ -76,13 +66,10 @@ def load_model(
     """Load a trained model, on the CPU, ready to call.
 
     Args:
-        source: a checkpoint, a run's folder, or anything else that `read_model` knows.
+        source: as `read_model` takes, and raises.
         weights: the EMA, which the paper samples, or the raw weights.
         precision: float32 answers the same on every machine; bfloat16 is faster where the hardware
             multiplies it, which auto finds out.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_model`.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights {weights!r} is not ema or raw")
