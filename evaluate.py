@@ -59,9 +59,7 @@ def evaluate(
             help="Real images: of the model's dataset; others; or saved statistics of some.",
         ),
     ] = "train",
-    output: Annotated[
-        Path | None, typer.Option(help="A folder. Default: evaluations/NAME.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default: evaluations/NAME.")] = None,
     save_images: Annotated[
         bool, typer.Option("--save-images", help="Keep the images; a stopped run continues.")
     ] = False,
@@ -107,8 +105,6 @@ def evaluate(
         console.print(f"stopped; {goes_on}")
         raise typer.Exit(130) from None
     except Exception as error:
-        if not began and not isinstance(error, ValueError | OSError):
-            raise
         fail(error)
         if began and (launcher := trainer.strategy.launcher):
             launcher.kill(signal.SIGKILL)  # the ranks started from here; they would work on alone

@@ -130,6 +130,7 @@ def build_predictor(device: str, devices: int | None) -> pl.Trainer:
 
     Args:
         device: cpu, cuda, cuda:1 or mps. devices: how many; None is every GPU, or one CPU.
+            ValueError where there are fewer.
     """
     kind, _, index = device.replace("cpu:0", "cpu").partition(":")
     nodes = 1

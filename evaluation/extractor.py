@@ -3,8 +3,8 @@
 import hashlib
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def load_extractor(name: str = INCEPTION, weights: Path | None = None) -> Extrac
     if name not in registry.FEATURE_EXTRACTORS_REGISTRY:
         if weights:
             raise ValueError(f"extractor {name!r} is a file and holds its own weights")
-        return _load_torchscript(Path(name), registry)
+        return _load_torchscript(Path(name), registry.FEATURE_EXTRACTORS_REGISTRY)
     if name.startswith("dinov2"):
         wrong = "downloads code and runs it when it is loaded; give a TorchScript file of it"
         raise ValueError(f"extractor {name} {wrong}")
@@ -94,16 +94,14 @@ def load_extractor(name: str = INCEPTION, weights: Path | None = None) -> Extrac
     except Exception as error:  # a file that holds no weights can raise anything
         reason = str(error).splitlines()[0]
         raise ValueError(f"{weights or name} does not hold weights of {name}: {reason}") from None
-    if weights:
-        return Extractor(net, name, _file_digest(weights))
     state = ((key, tensor.contiguous().numpy()) for key, tensor in net.state_dict().items())
-    content = b"".join(key.encode() + array.tobytes() for key, array in state)
-    return Extractor(net, name, hashlib.sha256(content).hexdigest())
+    content = [weights.read_bytes()] if weights else [k.encode() + v.tobytes() for k, v in state]
+    return Extractor(net, name, hashlib.sha256(b"".join(content)).hexdigest())
 
 
-def _load_torchscript(path: Path, registry: ModuleType) -> Extractor:
+def _load_torchscript(path: Path, known: Iterable[str]) -> Extractor:
     if not path.is_file():
-        names = ", ".join(n for n in registry.FEATURE_EXTRACTORS_REGISTRY if "dino" not in n)
+        names = ", ".join(name for name in known if "dino" not in name)
         raise ValueError(f"extractor {str(path)!r} is no TorchScript file, nor one of: {names}")
     try:
         with warnings.catch_warnings():
@@ -112,7 +110,7 @@ def _load_torchscript(path: Path, registry: ModuleType) -> Extractor:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} is not a TorchScript file: {reason}") from None
-    return Extractor(net, path.name, _file_digest(path))
+    return Extractor(net, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _download_inception() -> Path:
@@ -128,7 +126,3 @@ def _download_inception() -> Path:
             advice = f"bring {url} here and name it by --extractor-weights, or put it at {path}"
             raise FileNotFoundError(f"{wrong}; {advice}") from None
     return path
-
-
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

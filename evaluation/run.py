@@ -74,18 +74,14 @@ class Measurement(Plan):
         return folder
 
     def _announce(self) -> None:
-        recipe, text = self.recipe, self.recipe["source"]
-        if self.model:
-            step = f"step {recipe['step']:,}, " if recipe["step"] else ""
-            text += f" ({step}{recipe['weights']} weights)"
+        shown = "step", "weights", "images", "sampler", "timesteps", "precision"
+        how = ", ".join(f"{key} {self.recipe[key]}" for key in shown if self.recipe.get(key))
+        self.console.print(f"{self.options.source}: {how}")
         if self.extractor:
-            text += f": {self.count:,} images"
-            if self.model:
-                how = "by {sampler}, {timesteps} steps, in {precision}"
-                text += f" {how.format(**recipe)}"
-            text += f"\nfeatures: {self.extractor.name}, sha256 {self.extractor.digest}"
-            text += "\nalpha is dropped" if self.shape[0] in (2, 4) else ""
-        self.console.print(f"{text}\noutput: {self.folder}")
+            self.console.print(f"features: {self.extractor.name}, sha256 {self.extractor.digest}")
+            if self.shape[0] in (2, 4):
+                self.console.print("alpha is dropped")
+        self.console.print(f"output: {self.folder}")
 
     # ---- on each rank
 
@@ -99,7 +95,7 @@ class Measurement(Plan):
             cache = Path(self.config.dataset.cache if self.config else "data/cache")
             with self._stage("reference", len(real) // ranks.count) as advance:
                 found = reference_statistics(real, extractor, ranks, cache, size, advance)
-                self.statistics = found
+            self.statistics = found
         if model := self.model:
             batches = -(-len(self.missing) // (ranks.count * size))
             self.denoiser = make_denoiser(
