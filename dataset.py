@@ -18,9 +18,11 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,11 +46,10 @@ class Batch(NamedTuple):
 
 
 class Images(Dataset):
-    """uint8 images, indexed by a list of rows so that a batch is one gather.
+    """Images, indexed by a list of rows so that a batch is one gather.
 
-    Args:
-        source: uint8 [N, C, H, W], or the .npy file that holds it (opened lazily, in each process).
-        rows: which of the N, in order; None is all.
+    `source` is uint8 [N, C, H, W], or the .npy file of it (opened lazily, in each process); `rows`
+    are those of the N that count, in order.
     """
 
     def __init__(self, source: np.ndarray | Path, rows: np.ndarray | None = None):
@@ -60,8 +61,7 @@ class Images(Dataset):
         return _open(self.source, os.getpid()) if isinstance(self.source, Path) else self.source
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Return (C, H, W)."""
+    def shape(self) -> tuple[int, int, int]:  # (C, H, W)
         return self.array.shape[1:]
 
     def __len__(self) -> int:
@@ -70,11 +70,9 @@ class Images(Dataset):
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits of how many there are and of 64 evenly spaced ones."""
         some = np.linspace(0, len(self) - 1, min(64, len(self))).astype(int).tolist()
-        content = self[some].images.numpy().tobytes() if some else b""
-        return hashlib.sha256(f"{len(self)} {self.shape}".encode() + content).hexdigest()[:16]
+        return digest(f"{len(self)} {self.shape}".encode() + self[some].images.numpy().tobytes())
 
     def __getitem__(self, rows: list[int]) -> Batch:
-        """Return the images at `rows`."""
         return Batch(torch.from_numpy(np.asarray(self.array[self.rows[rows]])))
 
 
@@ -83,51 +81,47 @@ def _open(path: Path, pid: int) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
+def digest(content: bytes) -> str:
+    """Return 16 hexadecimal digits that name a content."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 class FolderImages:
     """Images of a folder, zip or tar, in the order of their names; read as they are asked for.
 
-    Args:
-        fit: (channels, size) to bring them to, as those of a dataset are; None takes them as they
-            are, in RGB and without alpha, and wants all of one size.
-
-    Raises:
-        FileNotFoundError, ValueError: no folder, zip or tar of images.
+    `fit`: (channels, size) to bring them to; None takes them as RGB, all of one size.
     """
 
     def __init__(self, root: Path, fit: tuple[int, int] | None = None):
-        self.root, self.fit = root, fit
-        self.source = open_files(root)
+        self.root, self.fit, self.source = root, fit, open_files(root)
+        self.shape: tuple[int, int, int] = (0, 0, 0)  # (C, H, W)
         self.shape = self._read(0).shape
 
     def __len__(self) -> int:
         return len(self.source.names)
 
     def __getitem__(self, rows: list[int]) -> Batch:
-        """Return the images at `rows`; ValueError: one cannot be read, or is of another size."""
-        arrays = list(in_threads(lambda i: self._read(rows[i]), len(rows)))
-        for row, pixels in zip(rows, arrays, strict=True):
-            if pixels.shape != self.shape:
-                raise ValueError(
-                    f"{self.source.names[row]} in {self.root} is {sides(pixels.shape)} and the "
-                    f"first image is {sides(self.shape)}; they must be of one size"
-                )
-        return Batch(torch.from_numpy(np.stack(arrays)))
+        """Read images; ValueError: one cannot be read, or is of another size."""
+        arrays = in_threads(lambda i: self._read(rows[i]), len(rows))
+        return Batch(torch.from_numpy(np.stack(list(arrays))))
 
     def _read(self, row: int) -> np.ndarray:
+        name = f"{self.source.names[row]} in {self.root}"
         try:
             with self.source.open(row) as image:
                 if self.fit:
-                    channels, size = self.fit
-                    return fit_image(image, image_size=size, channels=channels)
-                return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+                    return fit_image(image, channels=self.fit[0], image_size=self.fit[1])
+                pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
         except Exception as error:  # a decoder can raise anything on a broken file
-            name = self.source.names[row]
-            raise ValueError(f"{name} in {self.root}: {why_unusable(error)}") from None
+            raise ValueError(f"{name}: {why_unusable(error)}") from None
+        if self.shape not in ((0, 0, 0), pixels.shape):
+            first = f"the first image is {sides(self.shape)}; they must be of one size"
+            raise ValueError(f"{name} is {sides(pixels.shape)} and {first}")
+        return pixels
 
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that change when the files do."""
-        recipe = [self.source.identity, self.fit]
-        return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+        return digest(json.dumps([self.source.identity, self.fit]).encode())
 
 
 def sides(shape: tuple[int, ...]) -> str:
@@ -135,43 +129,35 @@ def sides(shape: tuple[int, ...]) -> str:
     return f"{shape[2]}x{shape[1]}"
 
 
+@dataclass(kw_only=True, eq=False)
 class StepSampler(Sampler[list[int]]):
     """The rows of each step's batch, forever: a function of (seed, step) alone.
 
     Step k takes positions k B ... (k + 1) B - 1 of an endless stream of permutations, the e-th
     drawn from (seed, e). Rank r of W takes the r-th of W equal parts. It has no length on purpose.
-
-    Args:
-        count: images. batch_size: B, of all ranks together; W divides it.
-        start_step: where iteration begins.
     """
 
-    def __init__(
-        self,
-        *,
-        count: int,
-        batch_size: int,
-        seed: int,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.start_step = start_step
-        share = batch_size // world_size
-        self.part = slice(rank * share, (rank + 1) * share)
-        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
-
-    def _draw_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+    count: int  # of images
+    batch_size: int  # B, of all ranks together; W divides it
+    seed: int
+    start_step: int = 0  # where iteration begins
+    rank: int = 0
+    world_size: int = 1
 
     def rows(self, step: int) -> list[int]:
         """Return this rank's rows of the batch of `step`."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
-        return [int(self._permutation(int(p) // self.count)[p % self.count]) for p in positions]
+        share = self.batch_size // self.world_size
+        first = step * self.batch_size + self.rank * share
+        epochs = (divmod(position, self.count) for position in range(first, first + share))
+        return [int(_permutation(self.count, self.seed, e)[place]) for e, place in epochs]
 
     def __iter__(self) -> Iterator[list[int]]:
         return map(self.rows, itertools.count(self.start_step))
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def load_images(
@@ -188,30 +174,26 @@ def load_images(
     """Return {"train": ..., "validation": ...}; `validation` may be empty.
 
     A dataset with an official test set validates on that; others on a random
-    `validation_fraction`, the same for every seed.
-
-    Args:
-        name, root: as of `find_images`. image_size, channels, fit: as of `fit_image`.
-        cache: a folder for decoded files. progress: shows how far a long decoding is.
+    `validation_fraction`, the same for every seed. Decoded files are kept in `cache`.
 
     Raises:
         FileNotFoundError: nothing at `root`. ValueError: too many files that cannot be used.
     """
     form = dict(image_size=image_size, channels=channels, fit=fit)
+    show = progress or (lambda outcomes, total: outcomes)
     parts = {}
     for split, found in find_images(name, Path(root)).items():
         if isinstance(found, np.ndarray):
             parts[split] = Images(_fit_array(found, form))
         else:
-            parts[split] = _decode(found, root, Path(cache), progress, form)
+            parts[split] = _decode(found, root, Path(cache), show, form)
     if "validation" in parts:
         return parts
     images = parts["train"]
     order = np.random.default_rng(0).permutation(len(images))
     count = round(validation_fraction * len(order))
     if count >= len(order):
-        share = f"dataset.validation_fraction {validation_fraction} of {len(order)} images"
-        raise ValueError(f"{share} leaves none to train on")
+        raise ValueError(f"dataset.validation_fraction leaves none of {count} images to train on")
     rows = {"train": np.sort(order[count:]), "validation": np.sort(order[:count])}
     return {split: Images(images.source, images.rows[some]) for split, some in rows.items()}
 
@@ -224,16 +206,13 @@ def fit_image(
     Args:
         fit: `crop` keeps the largest square about the centre; `pad` keeps all, on black
             (with alpha: on nothing).
-        channels: 1 gray, 3 RGB, 2 and 4 the same with alpha. Without a place for it,
-            transparency is laid on white. 16-bit gray becomes 8-bit.
+        channels: 1 gray, 3 RGB, 2 and 4 the same with alpha; without it, transparency is white.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image, dtype=np.float64)
-        if image.mode.startswith("I"):
-            pixels = pixels / 257  # 0 ... 65535 -> 0 ... 255
-        elif pixels.max() <= 1:
-            pixels = pixels * 255
+        scale = 255 if pixels.max() <= 1 else 1
+        pixels = pixels * scale if image.mode == "F" else pixels / 257  # of 0 ... 65535
         image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -249,29 +228,30 @@ def fit_image(
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _fit_array(images: np.ndarray, form: dict[str, Any]) -> np.ndarray:
+def _fit_array(images: np.ndarray, form: dict) -> np.ndarray:
     """Bring uint8 [N, H, W, C] to [N, channels, image_size, image_size]."""
     if images.shape[1:] == (form["image_size"], form["image_size"], form["channels"]):
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return np.stack([fit_image(Image.fromarray(i.squeeze()), **form) for i in images])
 
 
-def _decode(
-    source: Source, root: str, cache: Path, progress: Progress | None, form: dict[str, Any]
-) -> Images:
+def _decode(source: Source, root: str, cache: Path, show: Progress, form: dict) -> Images:
     """Decode all images of a source once into `cache`, and map them into memory."""
-    size, channels, fit = form["image_size"], form["channels"], form["fit"]
+    size, channels, fit = form.values()
     count = len(source.names)
     # the first word names a way of decoding, not a function: caches are found by it
     recipe = ["1: fit_picture", *source.identity, size, channels, *([fit] if fit != "crop" else [])]
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
-    array_file = cache / f"{digest}-{size}x{size}x{channels}.npy"
+    array_file = cache / f"{digest(json.dumps(recipe).encode())}-{size}x{size}x{channels}.npy"
     skipped_file = array_file.with_suffix(".json")  # written last: where it is, all is
-    skipped = _skipped(array_file, skipped_file, (count, channels, size, size))
+    skipped = None
+    with suppress(OSError, ValueError, EOFError):  # one of them is not there or not whole
+        known = json.loads(skipped_file.read_text())
+        if np.load(array_file, mmap_mode="r").shape == (count, channels, size, size):
+            skipped = known if isinstance(known, dict) else None
     if skipped is None:
         remove_leftovers(cache)
         with atomic_write(array_file, unique=True) as temporary:
-            skipped = _decode_into(temporary, source, progress, form)
+            skipped = _decode_into(temporary, source, show, form)
         with atomic_write(skipped_file, unique=True) as temporary:
             temporary.write_text(json.dumps(skipped))
     if skipped:
@@ -285,16 +265,13 @@ def _decode(
     return Images(array_file, np.array([i for i, n in enumerate(source.names) if n not in bad]))
 
 
-def _decode_into(
-    file: Path, source: Source, progress: Progress | None, form: dict[str, Any]
-) -> dict[str, str]:
+def _decode_into(file: Path, source: Source, show: Progress, form: dict) -> dict[str, str]:
     """Decode all images into an .npy file; return the names of those left out, and why.
 
     The memory map is closed when this returns: Windows renames no file that is mapped.
     """
     count, size = len(source.names), form["image_size"]
-    shape = (count, form["channels"], size, size)
-    array = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+    array = np.lib.format.open_memmap(file, "w+", np.uint8, (count, form["channels"], size, size))
     if hasattr(os, "posix_fallocate"):  # a full disk is said now, not by a dead process
         with file.open("r+b") as opened:
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
@@ -311,19 +288,6 @@ def _decode_into(
             return source.names[row], why_unusable(error)
         return None
 
-    outcomes = in_threads(decode, count)
-    if progress:
-        outcomes = progress(outcomes, total=count)
-    skipped = dict(outcome for outcome in outcomes if outcome)
+    skipped = dict(filter(None, show(in_threads(decode, count), total=count)))
     array.flush()
     return skipped
-
-
-def _skipped(array: Path, skipped: Path, shape: tuple[int, ...]) -> dict[str, str] | None:
-    """Return what was left out and why; None where the two files of the cache are not whole."""
-    try:
-        names = json.loads(skipped.read_text())
-        whole = isinstance(names, dict) and np.load(array, mmap_mode="r").shape == shape
-        return names if whole else None
-    except (OSError, ValueError, EOFError):
-        return None

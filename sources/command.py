@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -10,26 +10,13 @@ from rich.progress import track
 
 from cli import Overrides, fail, plain_console
 from config import load_config
-from sources import find_images, report
-
-HELP = """
-Look at a config's images before training: what they are and what becomes of them.
-
-Counts, sizes, kinds, unreadable files, copies, the split and the values; 64 of them as training
-sees them, as a PNG; and what had better change. Whatever is missing is downloaded and decoded, as
-training would.
-
-Examples:
-
-\b
-  python dataset.py configs/cifar10.yml
-  python dataset.py configs/folder.yml dataset.root=mine dataset.image_size=32
-"""
+from sources import Source, find_images, report
+from sources.files import of_array
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command(help=HELP)
+@app.command()
 def report_on_images(
     context: typer.Context,  # its `obj` returns `dataset.load_images`
     config_file: Annotated[
@@ -37,10 +24,22 @@ def report_on_images(
     ],
     overrides: Overrides = None,
     contact_sheet: Annotated[
-        Path | None,
-        typer.Option(help="Where the PNG goes. Default: samples/CONFIG-data.png."),
+        Path | None, typer.Option(help="Where the PNG goes. Default: samples/CONFIG-data.png.")
     ] = None,
 ) -> None:
+    """
+    Look at a config's images before training: what they are and what becomes of them.
+
+    Counts, sizes, kinds, unreadable files, copies, the split and the values; 64 of them as training
+    sees them, as a PNG; and what had better change. Whatever is missing is downloaded and decoded,
+    as training would.
+
+    Examples:
+
+    \b
+      python dataset.py configs/cifar10.yml
+      python dataset.py configs/folder.yml dataset.root=mine dataset.image_size=32
+    """
     console = plain_console()
     hidden = not console.is_terminal
     bar = partial(track, description="Headers", console=console, transient=True, disable=hidden)
@@ -51,40 +50,34 @@ def report_on_images(
             for i, line in enumerate(lines):
                 console.print(f"{label * (i == 0):<8}{line}")
 
+    def read(images: Any) -> report.Values:
+        starts = bar(range(0, len(images), 256), description="Reading images")
+        rows = (list(range(len(images))[start : start + 256]) for start in starts)
+        return report.read_values((images[r].images.numpy() for r in rows), images.shape[0])
+
     try:
         if sheet.suffix.lower() != ".png":
             raise ValueError(f"--contact-sheet {sheet} must end in .png")
         if sheet.exists() and not report.is_contact_sheet(sheet):
             raise ValueError(f"{sheet} is another image; choose another --contact-sheet")
         config = load_config(config_file, overrides or ())
-        channels = config.dataset.channels
         found = find_images(config.dataset.name, Path(config.dataset.root))
-        sources = {split: report.as_source(part) for split, part in found.items()}
+        sources = {k: s if isinstance(s, Source) else of_array(s) for k, s in found.items()}
         headers = report.read_headers(sources.values(), progress=bar)
         show(report.summarize_headers(config, headers))
         keys = config.dataset.model_dump(exclude={"random_flip"})
         parts = context.obj()(**keys, progress=partial(bar, description="Decoding images"))
-
-        def read(split: str) -> report.Values:
-            images = parts[split]
-            blocks = [range(len(images))[i : i + 256] for i in range(0, len(images), 256)]
-            shown = bar(blocks, description="Reading images")
-            return report.read_values((images[list(b)].images.numpy() for b in shown), channels)
-
-        values, validation = read("train"), read("validation").digests
+        train, values, validation = parts["train"], *map(read, parts.values())
         names = [
-            sources.get(split, sources["train"]).names[row]
-            for split, images in parts.items()
-            for row in images.rows
+            sources.get(k, sources["train"]).names[i] for k, p in parts.items() for i in p.rows
         ]
-        show(report.summarize_values(config, values, validation, names))
-        some = np.linspace(0, len(parts["train"]) - 1, min(64, len(parts["train"])))
-        report.write_contact_sheet(parts["train"][some.astype(int)].images, sheet)
-        advice = report.advise(config, headers, values, validation)
+        show(report.summarize_values(config, values, validation.digests, names))
+        some = np.linspace(0, len(train) - 1, min(64, len(train))).astype(int)
+        report.write_contact_sheet(train[some].images.numpy(), sheet)
         show({"sheet": [str(sheet)]})
-        console.print("\nwhat may want changing:" if advice else "\nnothing to change")
-        for line in advice:
-            console.print(f"  * {line}")
+        advice = list(report.advise(config, headers, values, validation.digests))
+        title = "what may want changing:" if advice else "nothing to change"
+        console.print("\n  * ".join([f"\n{title}", *advice]))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except Exception as error:

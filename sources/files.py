@@ -24,16 +24,11 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Source(NamedTuple):
-    """Images that are still to be decoded.
+    """Images that are still to be decoded."""
 
-    identity: JSON that changes when the images do; the cache goes by it.
-    names: one for each image, for people.
-    open: row -> the image. Any thread may call it; rows in about this order are fastest.
-    """
-
-    identity: list
+    identity: list  # JSON that changes when the images do; the cache goes by it
     names: list[str]
-    open: Callable[[int], Image.Image]
+    open: Callable[[int], Image.Image]  # by row, in any thread; about in order is fastest
 
 
 def in_threads(function: Callable[[int], T], count: int) -> Iterator[T]:
@@ -48,9 +43,8 @@ def why_unusable(error: Exception) -> str:
     """Say in a few words why a file cannot be used."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
-    if isinstance(error, ValueError) and str(error):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+    told = isinstance(error, ValueError) and str(error)
+    return told or f"{type(error).__name__}: {error}"
 
 
 # ---- a folder, an archive
@@ -71,17 +65,14 @@ def open_files(root: Path) -> Source:
         source = open_folder(root, [n for n in names if is_image(n) and (root / n).is_file()])
     elif not root.exists():
         raise FileNotFoundError(f"{place} does not exist; give a folder, a zip or a tar")
-    elif not root.is_file():
-        raise ValueError(f"{place} is neither a folder nor a file")
-    elif zipfile.is_zipfile(root):
+    elif root.is_file() and zipfile.is_zipfile(root):
         source = open_zip(root)
-    elif tarfile.is_tarfile(root):
+    elif root.is_file() and tarfile.is_tarfile(root):
         source = open_tar(root)
     else:
-        raise ValueError(f"{place} is neither a folder nor a zip or tar, or is damaged")
+        raise ValueError(f"{place} is neither a folder nor a file (zip or tar), or is damaged")
     if not source.names:
-        kinds = ", ".join(extension[1:] for extension in EXTENSIONS)
-        raise FileNotFoundError(f"{place} holds no images ({kinds})")
+        raise FileNotFoundError(f"{place} holds no images ({', '.join(EXTENSIONS)})")
     return source
 
 
@@ -89,13 +80,12 @@ def files_under(root: Path) -> Iterator[Path]:
     """Yield the files below `root`, through links to folders too, each folder once."""
     seen = set()
     for folder, below, files in os.walk(root, followlinks=True):
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:
-            below.clear()  # `os.walk` looks here for where to go on
-            continue
-        seen.add((here.st_dev, here.st_ino))
         below.sort()  # so that a folder has the same name on every machine
-        yield from (Path(folder, file) for file in files)
+        if (here := os.path.realpath(folder)) in seen:
+            below.clear()  # `os.walk` looks here for where to go on
+        else:
+            yield from (Path(folder, file) for file in files)
+        seen.add(here)
 
 
 def open_folder(root: Path, names: list[str]) -> Source:
@@ -112,9 +102,8 @@ def open_folder(root: Path, names: list[str]) -> Source:
 def open_zip(root: Path) -> Source:
     """Open the images of a zip in the order of their names."""
     archive = zipfile.ZipFile(root)
-    entries = sorted(
-        (i.filename, i.file_size, i.CRC) for i in archive.infolist() if is_image(i.filename)
-    )
+    entries = sorted((i.filename, i.file_size, i.CRC) for i in archive.infolist())
+    entries = [entry for entry in entries if is_image(entry[0])]
     names = [name for name, *_ in entries]
     read = lambda row: Image.open(io.BytesIO(archive.read(names[row])))
     return Source([str(root.resolve()), entries], names, read)
@@ -129,11 +118,7 @@ def open_tar(root: Path) -> Source:
         raise ValueError(f"{root} (dataset.root) is damaged: {error}") from None
     lock, position = threading.Lock(), 0
     ahead: dict[int, bytes] = {}  # threads ask slightly out of order
-
-    def content(row: int) -> bytes:
-        file = archive.extractfile(members[row])
-        assert file, "members are regular files"
-        return file.read()
+    content = lambda row: archive.extractfile(members[row]).read()  # type: ignore[union-attr]
 
     def read(row: int) -> Image.Image:
         nonlocal position
@@ -150,14 +135,15 @@ def open_tar(root: Path) -> Source:
 # ---- a database, an array, the Hub
 
 
+@cache  # a process can open one only once
 def open_lmdb(home: Path) -> Source:
-    """Open an lmdb whose values are encoded images."""
+    """Open an lmdb, by its resolved path, whose values are encoded images."""
     try:
         import lmdb
     except ImportError:
         raise ValueError(f"{home} is an lmdb: `pip install lmdb` to read it") from None
     try:
-        environment = _lmdb_environment(str(home.resolve()))
+        environment: Any = lmdb.open(str(home), readonly=True, lock=False, readahead=False)
         with environment.begin() as transaction:
             keys = list(transaction.cursor().iternext(values=False))
     except lmdb.Error as error:
@@ -168,15 +154,22 @@ def open_lmdb(home: Path) -> Source:
             return Image.open(io.BytesIO(transaction.get(keys[row])))
 
     stat = (home / "data.mdb").stat()
-    identity = [str(home.resolve()), stat.st_size, stat.st_mtime_ns]
+    identity = [str(home), stat.st_size, stat.st_mtime_ns]
     return Source(identity, [key.decode("latin-1") for key in keys], read)
 
 
-@cache  # a process can open one only once
-def _lmdb_environment(home: str) -> Any:
-    import lmdb
+def of_array(
+    pixels: np.ndarray, identity: list | None = None, scale: float = 1, shift: float = 0
+) -> Source:
+    """Return [N, H, W, C] as a source; `scale` and `shift` bring other values to 0 ... 255."""
 
-    return lmdb.open(home, readonly=True, lock=False, readahead=False, meminit=False)
+    def read(row: int) -> Image.Image:
+        image = np.asarray(pixels[row])
+        if image.dtype != np.uint8:
+            image = (image * scale + shift).clip(0, 255).round().astype(np.uint8)
+        return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+
+    return Source(identity or [], [f"image {row}" for row in range(len(pixels))], read)
 
 
 def open_array(root: Path) -> Source:
@@ -185,10 +178,8 @@ def open_array(root: Path) -> Source:
     if root.is_dir():
         files = sorted(p.name for p in root.glob("*.np[yz]"))
         if len(files) != 1:
-            some = f": {', '.join(files[:5])}" if files else ""
-            raise FileNotFoundError(
-                f"{place} holds {len(files)} .npy or .npz files; give one of them{some}"
-            )
+            holds = f"{place} holds {len(files)} .npy or .npz files"
+            raise FileNotFoundError(f"{holds}; give one of them: {', '.join(files[:5])}")
         root = root / files[0]
     if not root.exists():
         raise FileNotFoundError(f"{place} does not exist; give an .npy or .npz file")
@@ -206,44 +197,28 @@ def open_array(root: Path) -> Source:
     if pixels.ndim == 4 and pixels.shape[3] > 4 >= pixels.shape[1]:
         pixels = pixels.transpose(0, 2, 3, 1)
     if pixels.ndim != 4 or not 1 <= pixels.shape[3] <= 4 or 0 in pixels.shape:
-        raise ValueError(
-            f"{root} (dataset.root) holds {pixels.shape}; images are (N, H, W), (N, H, W, C) "
-            "or (N, C, H, W) with C of 1 to 4"
-        )
-    scale, shift = _byte_scale(pixels, root)
-
-    def read(row: int) -> Image.Image:
-        image = np.asarray(pixels[row])
-        if image.dtype != np.uint8:
-            image = (image * scale + shift).clip(0, 255).round().astype(np.uint8)
-        return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-
+        forms = "images are (N, H, W), (N, H, W, C) or (N, C, H, W) with C of 1 to 4"
+        raise ValueError(f"{root} (dataset.root) holds {pixels.shape}; {forms}")
     stat = root.stat()
     identity = [str(root.resolve()), stat.st_size, stat.st_mtime_ns]
-    return Source(identity, _numbered(len(pixels)), read)
-
-
-def _numbered(count: int) -> list[str]:
-    return [f"image {row}" for row in range(count)]
+    return of_array(pixels, identity, *_byte_scale(pixels, root))
 
 
 def _byte_scale(pixels: np.ndarray, root: Path) -> tuple[float, float]:
     """Return (scale, shift) to 0 ... 255 from values in 0..1, -1..1 or 0..255; they tell which."""
-    if pixels.dtype == np.uint8 or pixels.dtype == bool:
-        return (1, 0) if pixels.dtype == np.uint8 else (255, 0)
-    low = high = np.nan
-    if pixels.dtype.kind in "iuf":
+    kind, low, high = pixels.dtype.kind, np.nan, np.nan
+    if pixels.dtype == np.uint8:  # they need not be read
+        return 1, 0
+    if kind in "iufb":
         blocks = [pixels[i : i + 1024] for i in range(0, len(pixels), 1024)]
         low = float(np.min([block.min() for block in blocks]))
         high = float(np.max([block.max() for block in blocks]))
-    if pixels.dtype.kind == "f" and low >= -1.001 and high <= 1.001:  # what rounding adds
+    if kind in "fb" and low >= -1.001 and high <= 1.001:  # what rounding adds
         return (255, 0) if low >= 0 else (127.5, 127.5)
     if low >= 0 and high <= 255:
         return 1, 0
-    raise ValueError(
-        f"{root} (dataset.root) holds {pixels.dtype} from {low:g} to {high:g}; give uint8, or "
-        "floats in 0..1, -1..1 or 0..255"
-    )
+    holds = f"{root} (dataset.root) holds {pixels.dtype} from {low:g} to {high:g}"
+    raise ValueError(f"{holds}; give uint8, or floats in 0..1, -1..1 or 0..255")
 
 
 def open_huggingface(root: Path) -> Source:
@@ -251,28 +226,24 @@ def open_huggingface(root: Path) -> Source:
     try:
         import datasets
     except ImportError:
-        raise ValueError(
-            "dataset.name huggingface needs the datasets library: `pip install datasets`"
-        ) from None
+        raise ValueError("dataset.name huggingface needs `pip install datasets`") from None
     saved = (root / "dataset_info.json").exists() or (root / "dataset_dict.json").exists()
     try:
         data = datasets.load_from_disk(str(root)) if saved else datasets.load_dataset(str(root))
     except Exception as error:  # whatever a network, a service and a file can raise
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(
-            f"{root} (dataset.root) cannot be loaded from the Hub or from this disk ({reason}); "
-            "give owner/name of a dataset, or the folder of one"
-        ) from None
+        place, reason = f"{root} (dataset.root)", " ".join(str(error).split())
+        message = f"{place} is no dataset of the Hub (owner/name) or in a folder: {reason}"
+        raise FileNotFoundError(message) from None
     if isinstance(data, datasets.DatasetDict):
         data = data["train" if "train" in data else next(iter(data))]
     columns = [key for key, kind in data.features.items() if isinstance(kind, datasets.Image)]
     if not columns:
         raise ValueError(f"{root} (dataset.root) has no column of images: {list(data.features)}")
-    fingerprint = data._fingerprint
+    identity = [str(root), data._fingerprint]
     data = data.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
 
     def read(row: int) -> Image.Image:
         image = data[row][columns[0]]
         return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
 
-    return Source([str(root), fingerprint], _numbered(len(data)), read)
+    return Source(identity, [f"image {row}" for row in range(len(data))], read)

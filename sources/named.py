@@ -19,40 +19,32 @@ import numpy as np
 from files import remove_leftovers
 from sources.files import Source, open_array, open_files, open_folder, open_huggingface, open_lmdb
 
-LSUN = {"lsun-church": "church_outdoor_train_lmdb", "lsun-bedroom": "bedroom_train_lmdb"}
 TIMEOUT = 60.0  # seconds without an answer
 
 
 def find_images(name: str, root: Path) -> dict[str, np.ndarray | Source]:
-    """Return {"train": ...} and, where the dataset has an official test set, "validation".
+    """Return {"train": ...} and, where there is an official test set, "validation".
 
-    An array is uint8 [N, H, W, C].
-
-    Args:
-        name: of `dataset.name`. root: of the files; `digits` needs none, and for `huggingface` it
-            may be the name of a dataset on the Hub.
+    An array is uint8 [N, H, W, C]. `root` may also name a dataset of the Hub.
 
     Raises:
         FileNotFoundError: nothing at `root`, and it cannot be downloaded. ValueError: damaged.
     """
     if name == "digits":
-        return {"train": _digits()}
+        from sklearn.datasets import load_digits
+
+        return {"train": (load_digits().images * (255 / 16)).round().astype(np.uint8)[..., None]}
     if name == "cifar10":
-        return {"train": _cifar10(root, train=True), "validation": _cifar10(root, train=False)}
+        train = _cifar10(root, [f"data_batch_{i}" for i in range(1, 6)])
+        return {"train": train, "validation": _cifar10(root, ["test_batch"])}
     if name in ("mnist", "fashion-mnist"):
-        parts = {"train": "train", "validation": "t10k"}
-        return {key: _mnist(name, root, part) for key, part in parts.items()}
+        return {"train": _mnist(name, root, "train"), "validation": _mnist(name, root, "t10k")}
     if name == "flowers102":
         return _flowers102(root)
-    if name in ("npy", "npz"):
-        return {"train": open_array(root)}
-    if name == "huggingface":
-        return {"train": open_huggingface(root)}
-    if name == "celebahq":
-        _download_celebahq(root)
     if name.startswith("lsun-"):
         return {"train": _lsun(name, root)}
-    return {"train": open_files(root)}
+    openers = dict(npy=open_array, npz=open_array, huggingface=open_huggingface, celebahq=_celebahq)
+    return {"train": openers.get(name, open_files)(root)}
 
 
 def download(
@@ -63,36 +55,27 @@ def download(
     Raises:
         FileNotFoundError: one message with the reasons and `hint`.
     """
-    from torchvision.datasets.utils import download_url, extract_archive
+    from torchvision.datasets.utils import download_and_extract_archive, download_url
 
     reasons, offline, timeout = [], True, socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, ".download-*.tmp")
-        for url in urls:
+    fetch = download_and_extract_archive if member else download_url
+    for url in urls:
+        try:
+            socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent, ".download-*.tmp")
             with TemporaryDirectory(prefix=".download-", suffix=".tmp", dir=path.parent) as place:
-                file = Path(place, url.rsplit("/", 1)[-1])
-                try:
-                    print(f"downloading {url}")
-                    download_url(url, place, md5=md5)
-                except (OSError, HTTPException, RuntimeError) as error:
-                    offline &= type(error) is URLError  # others are an answer
-                    reason = getattr(error, "reason", "") if type(error) is URLError else error
-                    if isinstance(error, RuntimeError):
-                        reason = f"what came does not have the digest {md5}"
-                    reasons.append(f"{url}: {reason}")
-                    continue
-                if member:
-                    extract_archive(file, place)
-                    file = Path(place, member)
+                print(f"downloading {url}")
+                fetch(url, place, md5=md5)
                 if not path.exists():  # another process may have been faster
-                    os.replace(file, path)
+                    os.replace(Path(place, member or url.rsplit("/", 1)[-1]), path)
                 return
-    except OSError as error:
-        reasons, offline = [*reasons, str(error)], False
-    finally:
-        socket.setdefaulttimeout(timeout)
+        except (OSError, HTTPException, RuntimeError) as error:
+            offline &= type(error) is URLError  # others are an answer
+            wrong = isinstance(error, RuntimeError)
+            reasons.append(f"{url}: {f'its digest is not {md5}' if wrong else error}")
+        finally:
+            socket.setdefaulttimeout(timeout)
     network = "this machine seems to be offline; " if offline else ""
     raise FileNotFoundError(
         f"no {path}, and it cannot be downloaded ({network}{'; '.join(reasons)}); {hint}"
@@ -100,12 +83,6 @@ def download(
 
 
 # ---- datasets with a name
-
-
-def _digits() -> np.ndarray:
-    from sklearn.datasets import load_digits
-
-    return (load_digits().images * (255 / 16)).round().astype(np.uint8)[..., None]
 
 
 def _mnist(name: str, root: Path, part: str) -> np.ndarray:
@@ -118,12 +95,9 @@ def _mnist(name: str, root: Path, part: str) -> np.ndarray:
     there = [p for folder in (root, root / "raw", raw) for n in names if (p := folder / n).exists()]
     path = there[0] if there else raw / names[1]
     if not there:
-        download(
-            [mirror + path.name for mirror in known.mirrors],
-            path,
-            md5=dict(known.resources)[path.name],
-            hint=f"put its four .gz files into {raw}, or set dataset.root to their folder",
-        )
+        hint = f"put its four .gz files into {raw}, or set dataset.root to their folder"
+        urls = [mirror + path.name for mirror in known.mirrors]
+        download(urls, path, md5=dict(known.resources)[path.name], hint=hint)
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
@@ -138,9 +112,8 @@ def _mnist(name: str, root: Path, part: str) -> np.ndarray:
         ) from None
 
 
-def _cifar10(root: Path, *, train: bool) -> np.ndarray:
+def _cifar10(root: Path, names: list[str]) -> np.ndarray:
     """Return uint8 [N, 32, 32, 3] from the python or the binary version."""
-    names = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
     python, binary = root / "cifar-10-batches-py", root / "cifar-10-batches-bin"
     if not python.is_dir() and not binary.is_dir():
         from torchvision.datasets import CIFAR10
@@ -158,9 +131,8 @@ def _cifar10(root: Path, *, train: bool) -> np.ndarray:
                 pixels = np.fromfile(path, np.uint8).reshape(-1, 3073)[:, 1:]  # label, then pixels
             rows.append(pixels.astype(np.uint8, casting="safe").reshape(-1, 3, 32, 32))
         except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{path} is missing; delete {path.parent} to download it again"
-            ) from None
+            hint = "delete its folder to download it again"
+            raise FileNotFoundError(f"{path} is missing; {hint}") from None
         except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"{path} is damaged or no CIFAR-10 batch: {error}") from None
     return np.concatenate(rows).transpose(0, 2, 3, 1)
@@ -197,47 +169,43 @@ def _flowers102(root: Path) -> dict[str, np.ndarray | Source]:
         download([f"{site}setid.mat"], split, md5="a5357ecc9cb78c4bef273ce3793fc85c", hint=hint)
     try:
         ids = loadmat(split)
-        train, test = np.hstack([ids["trnid"], ids["valid"]]), ids["tstid"]
-        parts = {
-            key: [f"image_{i:05d}.jpg" for i in sorted(ids.flatten().tolist())]
-            for key, ids in (("train", train), ("validation", test))
-        }
+        parts = {"train": np.hstack([ids["trnid"], ids["valid"]]), "validation": ids["tstid"]}
+        names = {key: [f"image_{i:05d}.jpg" for i in part.flat] for key, part in parts.items()}
     except Exception as error:  # a damaged .mat can raise anything
         raise ValueError(f"{split} is damaged ({error}); delete it to download it again") from None
-    return {key: open_folder(home / "jpg", names) for key, names in parts.items()}
+    return {key: open_folder(home / "jpg", part) for key, part in names.items()}
 
 
-def _download_celebahq(root: Path) -> None:
-    """Download CelebA-HQ at 256x256 to `root`, unless something is there."""
-    if root.is_file() or (root.is_dir() and any(root.iterdir())):
-        return
-    hint = f"put its 30,000 images, as a folder or a zip, at {root} (dataset.root)"
-    try:
-        import kagglehub
-    except ImportError:
-        raise FileNotFoundError(
-            f"no CelebA-HQ at {root}: {hint}, or `pip install kagglehub` to download them"
-        ) from None
-    try:
-        folder = Path(kagglehub.dataset_download("badasstechie/celebahq-resized-256x256"))
-    except Exception as error:  # whatever a network and a service can raise
-        raise FileNotFoundError(f"CelebA-HQ cannot be downloaded ({error}); {hint}") from None
-    root.parent.mkdir(parents=True, exist_ok=True)
-    if root.is_dir():
-        root.rmdir()
-    root.symlink_to(folder, target_is_directory=True)
+def _celebahq(root: Path) -> Source:
+    """Open CelebA-HQ at 256x256; downloaded to `root`, unless something is there."""
+    if not root.is_file() and not (root.is_dir() and any(root.iterdir())):
+        try:
+            import kagglehub
+
+            folder = Path(kagglehub.dataset_download("badasstechie/celebahq-resized-256x256"))
+        except Exception as error:  # it is missing, or whatever a network and a service can raise
+            raise FileNotFoundError(
+                f"no CelebA-HQ at {root} (dataset.root): put its 30,000 images there, as a folder "
+                f"or a zip, or `pip install kagglehub` to download them ({error})"
+            ) from None
+        root.parent.mkdir(parents=True, exist_ok=True)
+        if root.is_dir():
+            root.rmdir()
+        root.symlink_to(folder, target_is_directory=True)
+    return open_files(root)
 
 
 def _lsun(name: str, root: Path) -> Source:
     """Open LSUN as it is distributed, an lmdb of encoded images, or as anything `folder` takes."""
-    known = LSUN.get(name, name.removeprefix("lsun-"))
-    homes = [p for p in (root, root / known) if (p / "data.mdb").is_file()]
-    if homes:
-        return open_lmdb(homes[0])
-    if not root.exists():
-        kind = "objects/cat" if known == "cat" else f"scenes/{known}"
-        raise FileNotFoundError(
-            f"{root} (dataset.root) does not exist; download http://dl.yf.io/lsun/{kind}.zip, "
-            "unpack it, and give the folder that holds data.mdb, or a folder or archive of images"
-        )
-    return open_files(root)
+    known = {"lsun-church": "church_outdoor_train_lmdb", "lsun-bedroom": "bedroom_train_lmdb"}
+    inside = known.get(name, "cat")
+    for home in (root, root / inside):
+        if (home / "data.mdb").is_file():
+            return open_lmdb(home.resolve())
+    if root.exists():
+        return open_files(root)
+    kind = "objects/cat" if inside == "cat" else f"scenes/{inside}"
+    raise FileNotFoundError(
+        f"{root} (dataset.root) does not exist; download http://dl.yf.io/lsun/{kind}.zip, "
+        "unpack it, and give the folder that holds data.mdb, or a folder or archive of images"
+    )

@@ -244,7 +244,7 @@ def test_no_images_is_said(name, tmp_path):
         load(tmp_path, name)
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "readme.txt").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"holds no images \(jpg"):
+    with pytest.raises(FileNotFoundError, match=r"holds no images \(\.jpg"):
         load(tmp_path, name)
 
 

@@ -6,22 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import invoke, noise_image
 from PIL import Image
 
 import dataset
 from config import load_config
 from sources import open_files
+from sources.files import of_array
 from sources.report import (
     Headers,
     Values,
     advise,
-    as_source,
-    contact_sheet,
     describe_fit,
     read_headers,
     read_values,
+    write_contact_sheet,
 )
 
 
@@ -88,7 +87,7 @@ def test_headers(tmp_path):
     noise_image(0).save(tmp_path / "color.png")
     assert read([open_files(tmp_path)]).colored
     pixels = np.zeros((7, 4, 5, 3), np.uint8)
-    assert read([as_source(pixels)] * 2) == (Counter({(5, 4): 14}), Counter(RGB=14), 0, False)
+    assert read([of_array(pixels)] * 2) == (Counter({(5, 4): 14}), Counter(RGB=14), 0, False)
 
 
 def test_the_report_and_training_see_the_same_images(folder, monkeypatch):
@@ -165,7 +164,7 @@ GRAY = FINE._replace(colored=False)
         (["dataset.channels=1"], GRAY, dict(), None),
         ([], FINE._replace(transparent=5), dict(), "dataset.channels=4 keeps it"),
         (["dataset.image_size=128"], FINE._replace(sizes=Counter({(70, 80): 9})), dict(),
-         "smaller than 128x128 and are enlarged, which makes them soft: dataset.image_size=64"),
+         "smaller than 128x128; enlarging makes them soft: dataset.image_size=64"),
         ([], FINE._replace(sizes=Counter({(64, 128): 9})), dict(), "leaves 50% of the area out"),
         (["dataset.fit=pad"], FINE._replace(sizes=Counter({(64, 128): 9})), dict(), "black margin"),
         ([], FINE, dict(levels=16), "all values lie in 0 ... 15"),
@@ -187,7 +186,7 @@ def test_advice(overrides, headers, changes, says):
     histogram = np.zeros((config.dataset.channels, 256), int)
     histogram[:, : changes.pop("levels", 256)] = 1
     values = Values(histogram, digests, plain=0, gray=False, opaque=True)._replace(**changes)
-    advice = advise(config, headers, values, validation)
+    advice = list(advise(config, headers, values, validation))
     if says is None:
         assert advice == []
     else:
@@ -205,14 +204,17 @@ def test_only_a_contact_sheet_is_replaced(tmp_path, monkeypatch):
         report(line, monkeypatch)
 
 
-def test_a_contact_sheet_shows_what_is_trained_on():
-    pixels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+def test_a_contact_sheet_shows_what_is_trained_on(tmp_path):
+    def sheet(images):
+        write_contact_sheet(images, tmp_path / "s.png")
+        return np.asarray(Image.open(tmp_path / "s.png"))
+
+    pixels = np.zeros((3, 1, 8, 8), np.uint8)
     pixels[1] = 200
-    sheet = np.asarray(contact_sheet(pixels))
-    assert sheet.shape == (68, 200, 3)
-    assert (sheet[34, [34, 100, 166]] == [[0] * 3, [200] * 3, [0] * 3]).all()
-    clear = torch.zeros(2, 4, 300, 300, dtype=torch.uint8)
-    assert np.asarray(contact_sheet(clear)).shape == (260, 518, 3)
-    assert np.asarray(contact_sheet(clear))[128, 128].tolist() == [255] * 3
+    assert sheet(pixels).shape == (68, 200, 3)
+    assert (sheet(pixels)[34, [34, 100, 166]] == [[0] * 3, [200] * 3, [0] * 3]).all()
+    clear = np.zeros((2, 4, 300, 300), np.uint8)
+    assert sheet(clear).shape == (260, 518, 3)
+    assert sheet(clear)[128, 128].tolist() == [255] * 3
     clear[:, 3] = 255
-    assert np.asarray(contact_sheet(clear))[128, 128].tolist() == [0] * 3
+    assert sheet(clear)[128, 128].tolist() == [0] * 3

@@ -411,7 +411,7 @@ def test_leftovers_of_killed_processes_go_after_a_day(tmp_path):
     (tmp_path / "mine.tmp").touch()
     os.utime(tmp_path / "mine.tmp", (1, 1))
     with pytest.raises(FileNotFoundError):
-        download([], tmp_path / "file.bin", md5="0", hint="put it there")
+        download(["file:///nowhere"], tmp_path / "file.bin", md5="0", hint="put it there")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".download-new.tmp", "mine.tmp"]
 
 
