@@ -62,8 +62,7 @@ def up_to_date(path: Path) -> Path:
 def read_checkpoint(path: str | Path) -> dict:
     """Return a checkpoint of ours as plain data, checked byte for byte.
 
-    Raises:
-        ValueError: it is damaged, is not one of ours, or asks to run code, which is never done.
+    ValueError where it is damaged, is not one of ours, or asks to run code, which is never done.
     """
     checkpoint = read_plain(path)
     if not is_checkpoint(checkpoint):
@@ -136,7 +135,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
             continue
         except ValueError as error:
             print(f"passed over: {error}")
-            continue
-        up_to_date(folder / "last.ckpt")
-        return path, checkpoint
+        else:
+            up_to_date(folder / "last.ckpt")
+            return path, checkpoint
     raise FileNotFoundError(f"{run} holds no checkpoint that can be read")

@@ -138,11 +138,10 @@ def _sections(
     return {"dataset": {"image_size": size, "channels": channels}, "model": model}
 
 
-def tree_of_diffusers(unet: dict, scheduler: dict | None) -> tuple[dict, list[str]]:
+def tree_of_diffusers(unet: dict, scheduler: dict) -> tuple[dict, list[str]]:
     """Return our config's sections dataset, model, diffusion, sampling, and what was assumed.
 
-    Raises:
-        ValueError: every key that our network or process cannot represent, with its value.
+    ValueError names every key that our network or process cannot represent, with its value.
     """
     there = _UNET_ABSENT | unet
     widths, kinds = there["block_out_channels"], there["down_block_types"]
@@ -170,12 +169,11 @@ def tree_of_diffusers(unet: dict, scheduler: dict | None) -> tuple[dict, list[st
     return tree | {"diffusion": process, "sampling": sampling}, notes
 
 
-def _process_of(scheduler: dict | None) -> tuple[dict, dict, list[str], list[str]]:
+def _process_of(scheduler: dict) -> tuple[dict, dict, list[str], list[str]]:
     """Return our sections diffusion and sampling, what cannot be represented, and notes."""
-    faults, notes = [], []
-    if scheduler is None:
-        notes.append("no scheduler_config.json: the paper's linear schedule of 1,000 steps")
-        scheduler = {}
+    faults: list[str] = []
+    missing = "no scheduler_config.json: the paper's linear schedule of 1,000 steps"
+    notes = [] if scheduler else [missing]
 
     def choice(key: str, absent: str, known: dict[str, str]) -> str:
         value = scheduler.get(key, absent)
@@ -226,13 +224,9 @@ def same_process(one: dict, other: dict) -> bool:
 
 
 def to_diffusers(config: Config) -> tuple[dict, dict]:
-    """Return the network's config.json and scheduler_config.json, as diffusers writes them.
-
-    Raises:
-        ValueError: the first multiplier is not 1; UNet2DModel's first convolution has its width.
-    """
+    """Return the network's config.json and scheduler_config.json, as diffusers writes them."""
     multipliers, process = config.model.channel_multipliers, config.diffusion
-    if multipliers[0] != 1:
+    if multipliers[0] != 1:  # UNet2DModel's first convolution has the width of the first level
         raise ValueError(
             f"model.channel_multipliers is {multipliers}: the first of diffusers' UNet2DModel is 1"
         )
@@ -258,10 +252,9 @@ def to_diffusers(config: Config) -> tuple[dict, dict]:
 
 
 def infer_tree(state: dict[str, Tensor], image_size: int | None) -> tuple[dict, list[str]]:
-    """Return sections as `tree_of_diffusers` does, from shapes of tensors under our names.
+    """Return what `tree_of_diffusers` does, from shapes of tensors under our names.
 
-    Raises:
-        ValueError: they are of another network, or do not show the size of its images.
+    ValueError where they are of another network, or do not show the size of its images.
     """
     shapes = {name: list(value.shape) for name, value in state.items() if hasattr(value, "shape")}
     try:

@@ -44,35 +44,30 @@ def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
         overrides: `section.key=value` that win over what the files say.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: it is damaged, asks to run code, or holds
-            what our network cannot represent.
+        ValueError: it is damaged, asks to run code, or holds what our network cannot represent.
     """
     chosen: dict[str, dict] = {}
     for override in overrides:
         apply_override(chosen, override)
-    path, unet_json, data = _locate(Path(source))
-    about: dict[str, Any] = {}
+    path, unet, data, about = _locate(Path(source))
     notes: list[str] = []
-    if unet_json:
-        tree, ema, raw, about, notes = _read_diffusers(path, unet_json)
+    if unet:
+        tree, ema, raw, about, notes = _read_diffusers(path, unet)
+    elif about.keys() >= _ABOUT:
+        tree, ema, raw = json.loads(about["config"]), data, data
+    elif is_checkpoint(data):
+        about = {"step": data["global_step"], "weights": data.get("weights")}
+        tree, state = data["hyper_parameters"], data["state_dict"]
+        raw, ema = (
+            {name.removeprefix(p): value for name, value in state.items() if name.startswith(p)}
+            for p in ("unet.", "ema.")
+        )
     else:
-        if data is None:
-            data, about = _read_tensors(path)
-        if about.keys() >= _ABOUT:
-            tree, ema, raw = json.loads(about["config"]), data, data
-        elif is_checkpoint(data):
-            about = {"step": data["global_step"], "weights": data.get("weights")}
-            tree = data["hyper_parameters"]
-            raw, ema = (
-                {k.removeprefix(p): v for k, v in data["state_dict"].items() if k.startswith(p)}
-                for p in ("unet.", "ema.")
-            )
-        else:
-            about, (raw, ema) = {}, _raw_and_ema(path, data)
-            try:
-                tree, notes = infer_tree(ema, chosen.get("dataset", {}).get("image_size"))
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+        about, (raw, ema) = {}, _raw_and_ema(path, data)
+        try:
+            tree, notes = infer_tree(ema, chosen.get("dataset", {}).get("image_size"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     tree = {key: {**(tree.get(key) or {}), **chosen.get(key, {})} for key in tree | chosen}
     step, dataset = int(about.get("step", 0)), tree.setdefault("dataset", {})
     if "name" not in dataset:
@@ -84,32 +79,28 @@ def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
     return ModelFiles(path, config, ema, raw, step, notes, about.get("weights"))
 
 
-def _locate(path: Path) -> tuple[Path, Path | None, Any]:
-    """Return a model's file, or its diffusers folder with the network's config; and any content.
-
-    The content is that of a TensorFlow checkpoint or of a run's newest, which was read to find it.
-    """
+def _locate(path: Path) -> tuple[Path, Path | None, Any, dict[str, Any]]:
+    """Return a model's path, and diffusers' folder of its network or a file's content, metadata."""
     if path.suffix == ".index" or Path(f"{path}.index").is_file():
-        return path, None, _read_tensorflow(path)
+        return path, None, _read_tensorflow(path), {}
     path = up_to_date(path)
     if not path.exists():
         path = _fetch(str(path))
     if path.name.startswith("diffusion_pytorch_model") and (path.parent / "config.json").is_file():
         path = path.parent
-    unet_json = _find(path, "unet/config.json", "config.json")
-    if unet_json or not path.is_dir():
-        return path, unet_json, None
-    path, data = newest_checkpoint(path)
-    return path, None, data
+    if config_json := _find(path, "unet/config.json", "config.json"):
+        return path, config_json.parent, None, {}
+    if path.is_dir():
+        path, data = newest_checkpoint(path)
+        return path, None, data, {}
+    return path, None, *_read_tensors(path)
 
 
 def copy_tensors(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Copy `state` into a network, name by name; 1x1 convolutions may come as matrices.
 
-    A network on the meta device gets copies of the tensors as its own.
-
-    Raises:
-        ValueError: lists what is missing, surplus or misshapen; the network is untouched.
+    A network on the meta device gets copies of the tensors as its own. ValueError lists what is
+    missing, surplus or misshapen; then the network is untouched.
     """
     ours = network.state_dict()
     wrong = [f"missing: {name}" for name in ours if name not in state]
@@ -117,16 +108,16 @@ def copy_tensors(network: nn.Module, state: dict[str, Tensor], source: str | Pat
     fitting: dict[str, Tensor] = {}
     for name in [name for name in ours if name in state]:
         there, needed = state[name], ours[name].shape
-        if not isinstance(there, Tensor):
-            wrong.append(f"misshapen: {name} is a {type(there).__name__}, not {list(needed)}")
-        elif _without_1x1(there.shape) != _without_1x1(needed):
-            wrong.append(f"misshapen: {name} is {list(there.shape)}, not {list(needed)}")
-        else:
+        is_tensor = isinstance(there, Tensor)
+        if is_tensor and _without_1x1(there.shape) == _without_1x1(needed):
             fitting[name] = there.reshape(needed)
+        else:
+            what = list(there.shape) if is_tensor else f"a {type(there).__name__}"
+            wrong.append(f"misshapen: {name} is {what}, not {list(needed)}")
     if wrong:
-        more = [f"and {len(wrong) - 12} more"] if len(wrong) > 12 else []
-        lines = "".join(f"\n  {line}" for line in [*wrong[:12], *more])
-        raise ValueError(f"{source}: the weights do not fit the network of its config:{lines}")
+        wrong[12:] = [f"and {len(wrong) - 12} more"] if len(wrong) > 12 else []
+        told = f"{source}: the weights do not fit the network of its config:"
+        raise ValueError("\n  ".join([told, *wrong]))
     meta = any(value.is_meta for value in ours.values())
     # copies: those of a mapped file change with it, and lie where vectors round otherwise
     fitting = {name: value.clone() for name, value in fitting.items()} if meta else fitting
@@ -144,7 +135,10 @@ def _find(folder: Path, *names: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(folder: Path, *names: str) -> dict:
+    """Return the content of the first of the files that is there; {} where none is."""
+    if not (path := _find(folder, *names)):
+        return {}
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -154,23 +148,22 @@ def _read_json(path: Path) -> dict:
     return tree
 
 
-def _read_diffusers(folder: Path, unet_json: Path) -> tuple[dict, dict, dict, dict, list[str]]:
+def _read_diffusers(folder: Path, unet: Path) -> tuple[dict, dict, dict, dict, list[str]]:
     """Read a pipeline or its network alone: (config, EMA, raw weights, ddpm.json, notes)."""
     name = "scheduler_config.json"
-    scheduler_json = _find(folder, f"scheduler/{name}", name, f"../scheduler/{name}")
-    unet, scheduler = _read_json(unet_json), _read_json(scheduler_json) if scheduler_json else None
+    scheduler = _read_json(folder, f"scheduler/{name}", name, f"../scheduler/{name}")
+    config = _read_json(unet, "config.json")
     try:
-        tree, notes = tree_of_diffusers(unet, scheduler)
+        tree, notes = tree_of_diffusers(config, scheduler)
     except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{folder}: {error}") from None
-    ema = raw = _read_diffusers_tensors(unet_json.parent)
+    ema = raw = _read_diffusers_tensors(unet)
     if (folder / "unet_ema" / "config.json").is_file():  # by diffusers' training script
         ema = _read_diffusers_tensors(folder / "unet_ema")
-    export_json = _find(unet_json.parent, "ddpm.json", "../ddpm.json")  # of our own export
-    about = _read_json(export_json) if export_json else {}
+    about = _read_json(unet, "ddpm.json", "../ddpm.json")  # of our own export
     if not about.keys() >= _ABOUT:
         return tree, ema, raw, {}, notes
-    config = check_config(about["config"], source=str(export_json)).model_dump()
+    config = check_config(about["config"], source=f"the ddpm.json of {folder}").model_dump()
     if same_process(config["diffusion"], tree["diffusion"]):
         tree["diffusion"] = config["diffusion"]
     if tree["sampling"]["sampler"] == "ddpm":  # the scheduler that we write
