@@ -1,26 +1,15 @@
 """A recipe: all that decides an image but its seed. It is written into the image."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from config import Config
-from diffusion_utils import GaussianDiffusion, Step, make_steps
-from model import Network
+from diffusion_utils import Step, make_steps
 
-
-class LoadedModel(Protocol):
-    """What is needed of `weights.Model`."""
-
-    network: Network
-    diffusion: GaussianDiffusion
-    config: Config
-    weights: str
-    step: int
-
-    def digest(self) -> str: ...
+if TYPE_CHECKING:
+    from weights import Model
 
 
 def sampling_recipe(
-    model: LoadedModel,
+    model: "Model",
     sampling: dict[str, Any],
     *,
     source: str,
