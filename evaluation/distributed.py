@@ -148,11 +148,8 @@ def build_predictor(device: str, devices: int | None) -> pl.Trainer:
             devices=[int(index)] if index else devices,
             num_nodes=nodes,
             strategy=DDPStrategy(timeout=PATIENCE) if devices * nodes > 1 else "auto",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+            logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, use_distributed_sampler=False,
+        )  # fmt: skip
     except MisconfigurationException as error:
         raise ValueError(f"--device {device}, --devices {devices}: {error}") from None

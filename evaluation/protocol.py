@@ -63,17 +63,14 @@ class Plan:
 
     Attributes:
         recipe: all that decides the numbers, as JSON.
-        metrics: what is computed, in the order of `METRICS`.
-        model, images: what is measured, one of them; config: the dataset's, None for files alone.
         count, shape: how many images, of (C, H, W); rows: which of those that are there.
-        extractor, tally: where features are wanted; tally is not set elsewhere.
     """
 
-    config: Config | None = None
-    model: Model | None = None
-    images: Images | FolderImages | None = None
+    model: Model | None = None  # it is measured, or
+    images: Images | FolderImages | None = None  # these are
+    config: Config | None = None  # of the model's dataset, or the images'
     reference: Images | FolderImages | Statistics | None = None
-    extractor: Extractor | None = None
+    extractor: Extractor | None = None  # where features are wanted, and then there is
     tally: Tally
 
     def __init__(self, options: Options, console: Console):
@@ -121,12 +118,11 @@ class Plan:
         else:
             self.model = load_model(source, options.weights)
             self.config, self.shape = self.model.config, self.model.shape
-            precision = resolve_precision(
-                self.config, torch.device(options.device), options.precision
-            )
+            device = torch.device(options.device)
             self.steps, self.drawing = sampling_recipe(
-                self.model, options.sampling, source=str(source), precision=precision
-            )
+                self.model, options.sampling, source=str(source),
+                precision=resolve_precision(self.config, device, options.precision),
+            )  # fmt: skip
             for note in self.model.notes:
                 self.console.print(f"assumed: {note}")
             self.recipe |= {k: v for k, v in self.drawing.items() if k != "checkpoint"}
@@ -156,8 +152,8 @@ class Plan:
         if wanted - {"nll"}:
             keep = {"kid", "pr"} & (wanted - why_not.keys())
             why_not |= self._load_extractor(self.count if keep else 0)
-        self.metrics = [m for m in METRICS if m in wanted and m not in why_not]
-        for metric in [m for m in METRICS if m in wanted and m in why_not]:
+        self.metrics = [m for m in METRICS if m in wanted - why_not.keys()]
+        for metric in [m for m in METRICS if m in wanted & why_not.keys()]:
             if asked:
                 raise ValueError(f"--metrics {metric}: {why_not[metric]}")
             self.console.print(f"without {METRICS[metric]}: {why_not[metric]}")

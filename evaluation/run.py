@@ -143,14 +143,10 @@ class Measurement(Plan):
         found = Bound(t, bits, mse, prior=torch.zeros(len(rows), dtype=torch.float64))
         for batch, x_0 in read(self.data[self.split], rows, batches, advance):
             part = bits_per_dim(
-                denoiser,
-                model.diffusion,
-                x_0.to(ranks.device),
-                [options.seed + i for i in batch],
-                variance=model.config.sampling.variance,
-                batch_size=options.batch_size,
+                denoiser, model.diffusion, x_0.to(ranks.device), [options.seed + i for i in batch],
+                variance=model.config.sampling.variance, batch_size=options.batch_size,
                 stride=options.stride,
-            )
+            )  # fmt: skip
             for whole, some in zip(found[1:], part[1:], strict=True):
                 whole[batch] = some
         ranks.add_up(*found[1:])
@@ -212,7 +208,7 @@ class Measurement(Plan):
         self.seconds["metrics"] = round(time.perf_counter() - start, 2)
         facts: dict[str, Any] = {
             "scores": {
-                name: {"value": score.value} if score.error is None else score._asdict()
+                name: score._asdict() if score.error is not None else {"value": score.value}
                 for name, score in scores.items()
             },
             "recipe": self.recipe,
