@@ -368,7 +368,7 @@ def test_a_large_image_is_no_warning(tmp_path):
     (tmp_path / "root").mkdir()
     Image.new("1", (9500, 10_000)).save(tmp_path / "root" / "large.png")
     config = PROJECT / "configs" / "digits.yml"
-    line = f"dataset.py {config} dataset.name=folder dataset.root=root"
+    line = f"dataset.py '{config}' dataset.name=folder dataset.root=root"
     output = run(line, tmp_path, env={"PYTHONWARNINGS": "default"})
     assert "9500x10000 -> centre 9500x9500 -> 8x8" in output
     assert "DecompressionBomb" not in output
