@@ -66,9 +66,7 @@ def export(
         Literal["diffusers", "safetensors", "onnx"], typer.Option(help="What to write.")
     ] = "diffusers",
     weights: Weights = "ema",
-    license: Annotated[
-        str, typer.Option(help="For the model card: mit, cc-by-4.0, ...")
-    ] = "unknown",
+    license: Annotated[str, typer.Option(help="For the model card: mit, cc-by-4.0")] = "unknown",
 ) -> None:
     """Write a model for other programs.
 

@@ -259,9 +259,8 @@ def infer_tree(state: dict[str, Tensor], image_size: int | None) -> tuple[dict, 
     shapes = {name: list(value.shape) for name, value in state.items() if hasattr(value, "shape")}
     try:
         base, channels = shapes["conv_in.weight"][:2]
-        widths: list[int] = []
-        while (key := f"down.{len(widths)}.block.0.conv1.weight") in shapes:
-            widths.append(shapes[key][0])
+        firsts = (f"down.{level}.block.0.conv1.weight" for level in range(len(shapes)))
+        widths = [shapes[name][0] for name in firsts if name in shapes]
         blocks = sum(f"down.0.block.{b}.conv1.weight" in shapes for b in range(len(shapes)))
         if not widths or any(width % base for width in widths):
             raise KeyError("widths that are multiples of the first")

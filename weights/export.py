@@ -17,11 +17,8 @@ from weights.load import read_model
 from weights.model import Model, load_model, model_of
 
 
-def import_model(source: str | Path, out: Path, overrides: Iterable[str] = ()) -> str:
-    """Write a checkpoint of ours, without an optimizer, from a model of any dialect; summarise it.
-
-    Raises as `read_model`; ValueError too where `out` exists or is no .ckpt.
-    """
+def import_model(source: str | Path, out: Path, overrides: Iterable[str]) -> str:
+    """Write a checkpoint of ours, without an optimizer, of a model of any dialect; summarise it."""
     if out.exists():
         raise ValueError(f"{out} exists; choose another name, or delete it")
     if out.suffix != ".ckpt":
@@ -38,21 +35,15 @@ def import_model(source: str | Path, out: Path, overrides: Iterable[str] = ()) -
 
 
 def export_model(
-    source: str | Path,
-    out: Path,
-    format: Literal["diffusers", "safetensors", "onnx"],
-    weights: Literal["ema", "raw"] = "ema",
-    license: str = "unknown",
+    source: str | Path, out: Path, format: str, weights: Literal["ema", "raw"], license: str
 ) -> str:
     """Write a model for other programs, read it back and compare; summarise it.
 
     Args:
         source: as `load_model` takes, and raises.
         out: a new path; for safetensors and onnx the file, or the folder of a model.FORMAT.
+        format: diffusers, safetensors or onnx; ValueError where it cannot hold the model.
         license: of the weights, for diffusers' model card.
-
-    Raises:
-        ValueError: `out` exists, the format cannot hold the model, or it reads back differently.
     """
     out, suffix = out.resolve(), f".{format}"
     if out.suffix in {".safetensors", ".onnx"} - {suffix}:
@@ -102,12 +93,6 @@ def tensors_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in network.state_dict().items()}
 
 
-def about(model: Model) -> dict:
-    """Return what goes with the weights, as plain data: what `read_model` knows ours by."""
-    config = model.config.model_dump(mode="json")
-    return {"step": model.step, "weights": model.weights, "config": config}
-
-
 def check_same(model: Model, path: Path) -> None:
     """Raise ValueError where a file does not read back bit for bit."""
     found, ours = read_model(path), tensors_of(model.network)
@@ -120,8 +105,9 @@ def check_same(model: Model, path: Path) -> None:
 
 def write_safetensors(model: Model, path: Path) -> None:
     """Write one file with the config inside."""
-    told = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about(model).items()}
-    path.write_bytes(save(tensors_of(model.network), {"format": "pt", **told}))
+    config = json.dumps(model.config.model_dump(mode="json"))
+    told = {"format": "pt", "step": str(model.step), "weights": model.weights, "config": config}
+    path.write_bytes(save(tensors_of(model.network), told))
     check_same(model, path)
 
 
@@ -135,11 +121,12 @@ def write_diffusers(model: Model, folder: Path, license: str) -> None:
         state[rename(name, levels, to_ours=False)] = value
     index = {"_class_name": "DDPMPipeline", "_diffusers_version": unet["_diffusers_version"]}
     parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    config = model.config.model_dump(mode="json")
     trees = {
         "unet/config.json": unet,
         "scheduler/scheduler_config.json": scheduler,
         "model_index.json": {**index, **parts},
-        "ddpm.json": about(model),
+        "ddpm.json": {"step": model.step, "weights": model.weights, "config": config},
     }
     for name, tree in trees.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
