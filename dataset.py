@@ -58,7 +58,7 @@ class Images(Dataset):
 
     @property
     def array(self) -> np.ndarray:
-        return _open(self.source, os.getpid()) if isinstance(self.source, Path) else self.source
+        return _open(self.source) if isinstance(self.source, Path) else self.source
 
     @property
     def shape(self) -> tuple[int, int, int]:  # (C, H, W)
@@ -77,7 +77,7 @@ class Images(Dataset):
 
 
 @lru_cache
-def _open(path: Path, pid: int) -> np.ndarray:
+def _open(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
@@ -245,10 +245,9 @@ def _decode(source: Source, root: str, cache: Path, show: Progress, form: dict) 
     skipped_file = array_file.with_suffix(".json")  # written last: where it is, all is
     skipped = None
     with suppress(OSError, ValueError, EOFError):  # one of them is not there or not whole
-        known = json.loads(skipped_file.read_text())
         if np.load(array_file, mmap_mode="r").shape == (count, channels, size, size):
-            skipped = known if isinstance(known, dict) else None
-    if skipped is None:
+            skipped = json.loads(skipped_file.read_text())
+    if not isinstance(skipped, dict):
         remove_leftovers(cache)
         with atomic_write(array_file, unique=True) as temporary:
             skipped = _decode_into(temporary, source, show, form)

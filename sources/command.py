@@ -53,7 +53,7 @@ def report_on_images(
     def read(images: Any) -> report.Values:
         starts = bar(range(0, len(images), 256), description="Reading images")
         rows = (list(range(len(images))[start : start + 256]) for start in starts)
-        return report.read_values((images[r].images.numpy() for r in rows), images.shape[0])
+        return report.read_values(images[r].images.numpy() for r in rows)
 
     try:
         if sheet.suffix.lower() != ".png":

@@ -47,9 +47,6 @@ def why_unusable(error: Exception) -> str:
     return told or f"{type(error).__name__}: {error}"
 
 
-# ---- a folder, an archive
-
-
 def is_image(name: str) -> bool:
     """Tell whether a path inside a folder or an archive is an image's, and not hidden."""
     parts = name.split("/")
@@ -132,9 +129,6 @@ def open_tar(root: Path) -> Source:
     return Source([str(root.resolve()), entries], [m.name for m in members], read)
 
 
-# ---- a database, an array, the Hub
-
-
 @cache  # a process can open one only once
 def open_lmdb(home: Path) -> Source:
     """Open an lmdb, by its resolved path, whose values are encoded images."""
@@ -206,13 +200,11 @@ def open_array(root: Path) -> Source:
 
 def _byte_scale(pixels: np.ndarray, root: Path) -> tuple[float, float]:
     """Return (scale, shift) to 0 ... 255 from values in 0..1, -1..1 or 0..255; they tell which."""
-    kind, low, high = pixels.dtype.kind, np.nan, np.nan
     if pixels.dtype == np.uint8:  # they need not be read
         return 1, 0
+    kind, low, high = pixels.dtype.kind, np.nan, np.nan
     if kind in "iufb":
-        blocks = [pixels[i : i + 1024] for i in range(0, len(pixels), 1024)]
-        low = float(np.min([block.min() for block in blocks]))
-        high = float(np.max([block.max() for block in blocks]))
+        low, high = float(pixels.min()), float(pixels.max())
     if kind in "fb" and low >= -1.001 and high <= 1.001:  # what rounding adds
         return (255, 0) if low >= 0 else (127.5, 127.5)
     if low >= 0 and high <= 255:

@@ -72,17 +72,14 @@ def download(
                 return
         except (OSError, HTTPException, RuntimeError) as error:
             offline &= type(error) is URLError  # others are an answer
-            wrong = isinstance(error, RuntimeError)
-            reasons.append(f"{url}: {f'its digest is not {md5}' if wrong else error}")
+            reason = f"its digest is not {md5}" if isinstance(error, RuntimeError) else error
+            reasons.append(f"{url}: {reason}")
         finally:
             socket.setdefaulttimeout(timeout)
     network = "this machine seems to be offline; " if offline else ""
     raise FileNotFoundError(
         f"no {path}, and it cannot be downloaded ({network}{'; '.join(reasons)}); {hint}"
     )
-
-
-# ---- datasets with a name
 
 
 def _mnist(name: str, root: Path, part: str) -> np.ndarray:
@@ -92,9 +89,9 @@ def _mnist(name: str, root: Path, part: str) -> np.ndarray:
     known = {"mnist": MNIST, "fashion-mnist": FashionMNIST}[name]
     raw = root / known.__name__ / "raw"
     names = [f"{part}-images{dot}idx3-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
-    there = [p for folder in (root, root / "raw", raw) for n in names if (p := folder / n).exists()]
-    path = there[0] if there else raw / names[1]
-    if not there:
+    places = [folder / n for folder in (root, root / "raw", raw) for n in names]
+    path = next(filter(Path.exists, places), raw / names[1])
+    if not path.exists():
         hint = f"put its four .gz files into {raw}, or set dataset.root to their folder"
         urls = [mirror + path.name for mirror in known.mirrors]
         download(urls, path, md5=dict(known.resources)[path.name], hint=hint)

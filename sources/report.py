@@ -67,14 +67,14 @@ class Values(NamedTuple):
     opaque: bool
 
 
-def read_values(batches: Iterable[np.ndarray], channels: int) -> Values:
+def read_values(batches: Iterable[np.ndarray]) -> Values:
     """Read all pixels of batches, uint8 [B, C, H, W]."""
-    histogram, colors = np.zeros((channels, 256), np.int64), channels - (channels in (2, 4))
+    histogram: np.ndarray = np.zeros((1, 256), np.int64)
     digests: list[bytes] = []
     plain, gray, opaque = 0, True, True
     for batch in batches:
-        for channel in range(channels):
-            histogram[channel] += np.bincount(batch[:, channel].ravel(), minlength=256)
+        colors = {2: 1, 4: 3}.get(batch.shape[1], batch.shape[1])
+        histogram = histogram + [np.bincount(c.ravel(), None, 256) for c in batch.swapaxes(0, 1)]
         digests += [hashlib.blake2b(image, digest_size=16).digest() for image in batch]
         plain += int((batch == batch[..., :1, :1]).all((1, 2, 3)).sum())
         gray &= bool((batch[:, :colors] == batch[:, :1]).all())
@@ -98,7 +98,7 @@ def describe_fit(size: tuple[int, int], image_size: int, fit: str) -> str:
 def advise(
     config: Config, headers: Headers, values: Values, validation: list[bytes]
 ) -> Iterator[str]:
-    """Yield what may want changing, with the override; `values`: of training, the digests: not."""
+    """Yield what may want changing, with the override; `values` are of the training images."""
     data, count, trained_on = config.dataset, len(values.digests), set(values.digests)
     size, channels, total = data.image_size, data.channels, max(1, headers.sizes.total())
     if channels >= 3 and values.gray:
@@ -121,7 +121,7 @@ def advise(
     if lost > 0.3 and data.fit == "pad":
         yield f"{lost:.0%} of the area is black margin: dataset.fit=crop cuts instead"
     used = np.flatnonzero(values.histogram[:3].sum(0))
-    if used[-1] - used[0] < 64:
+    if np.ptp(used) < 64:
         yield f"all values lie in {used[0]} ... {used[-1]} of 0 ... 255: are the files well scaled?"
     if values.plain:
         yield f"{values.plain:,} images are of a single color: look at them"
@@ -169,11 +169,8 @@ def is_contact_sheet(path: Path) -> bool:
     return False
 
 
-# ---- in words: lines under labels
-
-
 def summarize_headers(config: Config, headers: Headers) -> dict[str, list[str]]:
-    """Return what the files are, and what becomes of each size."""
+    """Return lines by label: what the files are, and what becomes of each size."""
     data = config.dataset
     place = f" at {data.root}" if data.name != "digits" else ""
     sizes = _most_common(headers.sizes, lambda s: describe_fit(s, data.image_size, data.fit))

@@ -137,16 +137,16 @@ def test_preprocessing_in_words(size, fit, says):
 def test_values():
     pixels = np.random.default_rng(0).integers(0, 256, (300, 3, 4, 4), np.uint8)
     pixels[7], pixels[299] = pixels[200], 9
-    values = read_values([pixels[:256], pixels[256:]], 3)
+    values = read_values([pixels[:256], pixels[256:]])
     assert (values.histogram.sum(1) == 300 * 16).all()
     assert values.histogram[1, 9] == (pixels[:, 1] == 9).sum()
     assert len(set(values.digests)) == 299
     assert values.digests[7] == values.digests[200]
     assert (values.plain, values.gray, values.opaque) == (1, False, True)
     gray = np.repeat(pixels[:, :1], 3, axis=1)
-    assert read_values([gray], 3).gray
+    assert read_values([gray]).gray
     clear = np.concatenate([gray, pixels[:, :1]], axis=1)
-    values = read_values([clear], 4)
+    values = read_values([clear])
     assert (values.gray, values.opaque) == (True, False)
 
 
