@@ -39,9 +39,7 @@ class Extractor(nn.Module):
         images = images[:, :1].expand(-1, 3, -1, -1) if images.shape[1] < 3 else images
         with exact_float32():
             out = self.net(images[:, :3].contiguous())
-        features, logits = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
-        if isinstance(features, tuple):
-            (features,) = features
+        features, logits, *_ = (*out, None) if isinstance(out, tuple) else (out, None)
         if features.ndim != 2 or len(features) != len(images):
             shapes = f"{list(features.shape)} for {len(images)} images"
             raise ValueError(f"extractor {self.name}: features are {shapes}; they must be [B, D]")

@@ -188,13 +188,12 @@ def compute(metrics: Iterable[str], tally: Tally, reference: Statistics | None) 
     """Return {name: Score} of `metrics` (fid, is, kid, pr); all but `is` need a reference."""
     # KID is unbiased at any N; the others' names say N, unless it is the literature's
     name = lambda metric: metric if tally.count == 50_000 else f"{metric}-{tally.count}"
-    scores = {}
+    scores, real = {}, reference.features if reference else None
     if "fid" in metrics and reference:
         scores[name("FID")] = Score(frechet_distance(tally.statistics(), reference))
     if "is" in metrics:
         error_is = f"standard deviation over {len(tally.split_sizes)} splits"
         scores[name("IS")] = Score(*tally.inception_score(), error_is)
-    real = reference.features if reference else None
     if "kid" in metrics and real is not None:
         scores["KID"] = kernel_distance(tally.features, real)
     if "pr" in metrics and real is not None:
