@@ -4,7 +4,6 @@
 if __name__ == "__main__":
     import cli  # noqa: F401  (first: it speaks of packages that are missing)
 
-import os
 import shlex
 import traceback
 from contextlib import suppress
@@ -50,12 +49,10 @@ def train(
     ] = None,
     overrides: Overrides = None,
     run_name: Annotated[
-        str | None,
-        typer.Option(help="Name of the run's folder in lightning_logs. Default: the config's."),
+        str | None, typer.Option(help="The run's folder in lightning_logs. Default: the config's.")
     ] = None,
     continue_training: Annotated[
-        bool,
-        typer.Option("--continue-training", help="Continue from the run's newest good checkpoint."),
+        bool, typer.Option("--continue-training", help="Continue from the newest good checkpoint.")
     ] = False,
     checkpoint_path: Annotated[
         Path | None,
@@ -65,11 +62,7 @@ def train(
         ),
     ] = None,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Only measure time, memory and cost of the run, from a few of its steps.",
-        ),
+        bool, typer.Option("--dry-run", help="Only measure what the run will take, and its cost.")
     ] = False,
     dollars_per_hour: Annotated[
         float | None,
@@ -90,23 +83,24 @@ def train(
             print(to_yaml(config), end="")
         elif dry_run or dollars_per_hour is not None:
             if run_name or continue_training or checkpoint_path:
-                wrong = "--dry-run measures a run from its start: leave the other options out"
-                raise ValueError(wrong)
+                raise ValueError("--dry-run measures a run from its start: give no other options")
             quiet_libraries()
-            from training.dry_run import rehearse
+            from training.dry_run import measure
 
             if is_main_process():
-                rehearse(config, console, dollars_per_hour=dollars_per_hour)
+                with console.status("measuring a few steps"):
+                    rows = measure(config, dollars_per_hour)
+                for name, text in rows.items():
+                    console.print(f"{name}: {text}")
         else:
-            from training.runs import check_name, find_start
+            from training.runs import find_start
 
             start = find_start(
                 config,
-                check_name(run_name or config_file.stem),
+                run_name or config_file.stem,
                 chosen=run_name is not None,
                 continue_training=continue_training,
                 checkpoint_path=checkpoint_path,
-                requeued=os.environ.get("SLURM_RESTART_COUNT", "0").strip("0").isdigit(),
                 is_main=is_main_process(),
             )
             console.print(f"run folder: {start.run}")
@@ -132,18 +126,14 @@ def fit(config: Config, start: "Start", console: Console) -> int:
     from training.runs import check_continuation
 
     run = start.run
-    if start.checkpoint:
-        check_continuation(config, *start.checkpoint, console.print)
-        if start.step >= config.training.max_steps:
-            return 0
+    if start.checkpoint and not check_continuation(config, *start.checkpoint, console.print):
+        return 0
     goes_on = (
         f"python train.py {shlex.quote(str(run / 'config.yml'))} "
         f"--run-name {shlex.quote(run.name)} --continue-training"
     )
 
     def report(error: BaseException, last_checkpoint: Path | None) -> None:
-        if isinstance(error, Interrupted | KeyboardInterrupt):
-            return
         if isinstance(error, OSError) and error.strerror and not error.filename:
             error.filename = str(run)  # a write that fails does not know of what
         fail(error)
@@ -157,14 +147,9 @@ def fit(config: Config, start: "Start", console: Console) -> int:
             console.print(f"to continue: {goes_on}")
 
     path = start.checkpoint[0] if start.checkpoint else None
-    trainer = build_trainer(
-        config,
-        run,
-        console,
-        loaded=start.checkpoint,
-        callbacks=[Evaluation(config, console)] if config.evaluation.evaluate_every else [],
-        on_failure=report,
-    )
+    trainer = build_trainer(config, run, console, loaded=start.checkpoint, on_failure=report)
+    if config.evaluation.evaluate_every:
+        trainer.callbacks.append(Evaluation(config, console))  # type: ignore[attr-defined]
     start.checkpoint = None  # the trainer has it: memory for one, not for two
     data, ddpm = ImageData(config), DDPM(config)
     if start.weights:
@@ -213,12 +198,10 @@ def list_configs(console: Console) -> None:
     """Print one line for each config."""
     console.print("python train.py CONFIG; there are:\n")
     here = Path("configs") if Path("configs").is_dir() else Path(__file__).with_name("configs")
-    paths = sorted(here.glob("*.yml"))
-    width = max(len(str(path)) for path in paths)
-    for path in paths:
+    for path in sorted(here.glob("*.yml")):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         about = first.removeprefix("#").strip() if first.startswith("#") else ""
-        console.print(f"  {path!s:<{width}}  {about}")
+        console.print(f"  {path!s:<28}  {about}")
     console.print(f"\nto begin with: python train.py {here / 'digits.yml'}; more: --help")
 
 

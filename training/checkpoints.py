@@ -18,6 +18,9 @@ from config import Config
 from files import remove
 from weights import point_last_to, saved_steps
 
+# called with an error and the last checkpoint, before anything is torn down
+OnFailure = Callable[[BaseException, Path | None], None] | None
+
 
 class Interrupted(Exception):
     """A signal ended training at a step boundary, with everything saved."""
@@ -34,37 +37,22 @@ class Checkpoints(pl.Callback):
     files of later ones are set aside, so that the newest is always the run's own.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Config,
-        resumed_from: Path | None = None,
-        on_failure: Callable[[BaseException, Path | None], None] | None = None,
-    ):
+    def __init__(self, folder: Path, config: Config, last: Path | None, on_failure: OnFailure):
         self.folder, self.config, self.on_failure = folder, config, on_failure
-        self.last = resumed_from
-        self.began = False
-        self._received = 0
+        self.last, self.began, self._received = last, False, 0
         self._handlers: dict[int, Any] = {}
         self._hosts: Any = None
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> "Checkpoints":
         """Return a trainer's."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        return next(callback for callback in callbacks if isinstance(callback, cls))
+        return next(c for c in trainer.callbacks if isinstance(c, cls))  # type: ignore[attr-defined]
 
-    # ---- what a checkpoint of Lightning's also holds
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict) -> None:
         checkpoint["hyper_parameters"] = self.config.model_dump(mode="json")
         checkpoint["data"] = trainer.datamodule.fingerprints()  # type: ignore[attr-defined]
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict) -> None:
         data = trainer.datamodule.fingerprints()  # type: ignore[attr-defined]
         if checkpoint.get("data", data) != data:
             raise ValueError(
@@ -75,8 +63,6 @@ class Checkpoints(pl.Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts.update(dict.fromkeys(counts, checkpoint["global_step"]))
-
-    # ---- when to save
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.began = True
@@ -89,10 +75,11 @@ class Checkpoints(pl.Callback):
             signals.append(signal.SIGUSR1)  # sbatch --signal=SIGUSR1@90: the time is nearly up
         for signum in signals:
             self._handlers[signum] = signal.signal(signum, self._receive)
-        # ranks agree on a signal through their hosts: nothing waits for a device
-        several = trainer.world_size > 1
-        self._hosts = dist.new_group(backend="gloo") if several else None
-        silence_sigterm(trainer)
+        if trainer.world_size > 1:  # ranks agree through their hosts: nothing waits for a device
+            self._hosts = dist.new_group(backend="gloo")
+        # Lightning's own exchange of SIGTERM waits for the device before every batch
+        assert hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor")
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if trainer.is_global_zero:
             here = self._path(trainer.global_step)
             for path in saved_steps(self.folder):
@@ -117,26 +104,24 @@ class Checkpoints(pl.Callback):
 
     def signalled(self) -> int:
         """Return the signal that any rank has received, or 0; all ranks ask together."""
-        signum = self._received
+        signum = torch.tensor(self._received)
         if self._hosts:
-            flag = torch.tensor(signum)
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._hosts)
-            signum = int(flag)
-        return signum
+            dist.all_reduce(signum, dist.ReduceOp.MAX, group=self._hosts)
+        return int(signum)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        signum = self.signalled()
         step, every = trainer.global_step, self.config.logging.save_every
-        if signum or step == trainer.max_steps or (every and step % every == 0):
-            self._save(trainer)
-        self._end_if(signum, trainer)
+        due = step == trainer.max_steps or bool(every and step % every == 0)
+        self._save(trainer, self.signalled(), due)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self._received and not self._hosts:  # several ranks wait for the next step
-            self._save(trainer)
-            self._end_if(self._received, trainer)
+        if not self._hosts:  # several ranks wait for the next step
+            self._save(trainer, self._received)
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def _save(self, trainer: pl.Trainer, signum: int, due: bool = False) -> None:
+        """Save where that is due or a signal has come, which then ends training."""
+        if not (signum or due):
+            return
         path = self._path(trainer.global_step)
         trainer.save_checkpoint(path)
         self.last = path
@@ -144,24 +129,21 @@ class Checkpoints(pl.Callback):
             point_last_to(path)
             for old in saved_steps(self.folder)[: -self.config.logging.keep_checkpoints]:
                 remove(old)  # or after the next
-
-    def _end_if(self, signum: int, trainer: pl.Trainer) -> None:
-        if signum == signal.SIGUSR1 and trainer.is_global_zero:
-            requeue_slurm_job()
+            if signum == getattr(signal, "SIGUSR1", None):
+                requeue_slurm_job()
         if signum:
             raise Interrupted(signum)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.ckpt"
 
-    def on_exception(
-        self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, _: Any, exception: BaseException) -> None:
         self.teardown()
+        if isinstance(exception, Interrupted | KeyboardInterrupt):
+            return
         if self.on_failure:
             self.on_failure(exception, self.last)
-        orderly = isinstance(exception, Interrupted | KeyboardInterrupt)
-        if trainer.world_size > 1 and not orderly:
+        if trainer.world_size > 1:
             # the other ranks may wait in a collective that never ends: leave, and take them along
             for logger in trainer.loggers:
                 logger.finalize("failed")
@@ -173,12 +155,6 @@ class Checkpoints(pl.Callback):
     def teardown(self, *_: Any, **__: Any) -> None:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
-
-
-def silence_sigterm(trainer: pl.Trainer) -> None:
-    """Stop Lightning's own exchange of SIGTERM, which waits for the device before every batch."""
-    assert hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor")
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def requeue_slurm_job() -> None:

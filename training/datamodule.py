@@ -14,23 +14,19 @@ from dataset import Images, StepSampler, load_images
 
 
 class ImageData(pl.LightningDataModule):
-    """A run's images: `train` and `validation`, in batches of the global batch.
+    """A run's `images`, {"train": ..., "validation": ...}, in batches of the global batch."""
 
-    Attributes:
-        images: {"train": ..., "validation": ...}; empty before `setup`.
-    """
+    images: dict[str, Images]
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.images: dict[str, Images] = {}
 
     def prepare_data(self) -> None:
         """Download and decode whatever is missing; Lightning calls it once on each node."""
         open_images(self.config, partial(track, description="Decoding images", transient=True))
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the images."""
         self.images = open_images(self.config)
 
     def fingerprints(self) -> dict[str, str]:
@@ -47,13 +43,12 @@ class ImageData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Return this rank's batches of the validation set; at least an empty one."""
         assert self.trainer
-        rows = range(len(self.images["validation"]))
-        size = self.config.training.batch_size
+        images, size = self.images["validation"], self.config.training.batch_size
+        rows = range(len(images))
         batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
         mine = batches[self.trainer.global_rank :: self.trainer.world_size]
-        if batches and not mine:
-            mine = [[]]  # every rank takes part, and waits for none
-        return _loader(self.images["validation"], mine, self.config)
+        # every rank takes part, and waits for none
+        return _loader(images, mine or [[]] * bool(batches), self.config)
 
 
 def open_images(config: Config, progress: Callable | None = None) -> dict[str, Images]:
@@ -61,18 +56,10 @@ def open_images(config: Config, progress: Callable | None = None) -> dict[str, I
     return load_images(**config.dataset.model_dump(exclude={"random_flip"}), progress=progress)
 
 
-def train_batches(
-    images: Images, config: Config, step: int = 0, *, rank: int = 0, world_size: int = 1
-) -> DataLoader:
-    """Return a loader of one rank's shares of the batches of `step` and after, without end."""
-    sampler = StepSampler(
-        count=len(images),
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
-        start_step=step,
-        rank=rank,
-        world_size=world_size,
-    )
+def train_batches(images: Images, config: Config, step: int = 0, **ranks: int) -> DataLoader:
+    """Return a loader of the batches from `step` on, without end; `ranks`: rank, world_size."""
+    size, seed = config.training.batch_size, config.training.seed
+    sampler = StepSampler(count=len(images), batch_size=size, seed=seed, start_step=step, **ranks)
     return _loader(images, sampler, config)
 
 
@@ -89,6 +76,5 @@ def _loader(images: Images, batches: Iterable[list[int]], config: Config) -> Dat
 
 def _leave_signals_to_the_parent(_: int) -> None:
     """Ignore what a terminal and SLURM send to every process: the parent still ends its step."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows lacks some
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for signum in {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows: some
+        signal.signal(getattr(signal, signum), signal.SIG_IGN)

@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,11 @@ from model import Network, build_network
 from pl_utils import DDPM, preview_weights, quick_images
 from training.datamodule import open_images, train_batches
 from training.fitting import FitIntoMemory
-from training.hardware import activation_bytes, count_flops, duration, memory, si, timed
+from training.hardware import LiveBytes, count_flops, duration, memory, si, timed
 from training.trainer import build_trainer
 from weights import write_checkpoint
 
-LONG = 10.0  # seconds; what would take longer on a CPU is measured on a part and scaled
-
-
+LONG = 10.0  # seconds; what would take longer is measured on a part and scaled
 # EFLOP of the paper's runs, and the dollars that their TPUs are quoted at
 QUOTES = {"cifar10": (3.822, 70), "celebahq": (47.70, 435)}
 
@@ -47,25 +46,25 @@ def flops_per_image(config: Config) -> tuple[int, int]:
     return count_flops(*one_image(config))
 
 
-def memory_per_image(config: Config) -> float:
+def memory_per_image(config: Config) -> int:
     """Return the bytes that another image takes in a training step, in float32."""
     network, x, t = one_image(config)
     network.recompute = config.hardware.activation_checkpointing
-    return activation_bytes(network, x, t)
+    with LiveBytes() as live:
+        torch.autograd.grad(network(x.requires_grad_(), t).sum(), x)
+    return live.peak
 
 
 def project(config: Config, once: Seconds) -> Seconds:
     """Return the seconds of the whole run."""
     steps, logging = config.training.max_steps, config.logging
-    times = lambda every: steps // every if every else 0
-    every, save_every = logging.preview_every, logging.save_every
-    sets = sum(len(preview_weights(config, k * every)) for k in range(1, times(every) + 1))
-    at_the_end = not save_every or steps % save_every != 0
+    at = lambda every: range(every, steps + 1, every) if every else range(0)
+    previews = sum(len(preview_weights(config, step)) for step in at(logging.preview_every))
     return Seconds(
-        step=steps * once.step,
-        preview=sets * once.preview,
-        validation=times(config.evaluation.validate_every) * once.validation,
-        checkpoint=(times(save_every) + at_the_end) * once.checkpoint,
+        steps * once.step,
+        previews * once.preview,
+        len(at(config.evaluation.validate_every)) * once.validation,
+        len({*at(logging.save_every), steps}) * once.checkpoint,
     )
 
 
@@ -88,7 +87,7 @@ def images_or_noise(config: Config) -> tuple[dict[str, Images], str]:
     """Return the run's images by split; or random ones of their shape, and why. Decodes nothing."""
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise NotDecoded("they are not decoded yet")
+        raise NotDecoded("they are not decoded yet") from None
 
     data = config.dataset
     try:
@@ -106,120 +105,103 @@ class Rehearsal:
     """Parts of a run at its own sizes, without Lightning's loop; no files stay."""
 
     def __init__(self, config: Config):
-        self.config, self.results = config, Path(config.logging.results_folder).absolute()
-        logging = config.logging.model_copy(update={"logger": ["csv"]})  # which writes nothing yet
-        silent = config.model_copy(update={"logging": logging})
-        trainer = build_trainer(silent, self.results / "dry-run", Console(quiet=True))
+        self.config = config
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = build_trainer(config, Path(folder), Console(quiet=True))
         self.device, self.ranks = trainer.strategy.root_device, trainer.world_size
         self.share = config.training.batch_size // self.ranks
         self.images, self.why_noise = images_or_noise(config)
         self.batches = iter(train_batches(self.images["train"], config, world_size=self.ranks))
         self.module = DDPM(config).to(self.device)
         self.optimizer = self.module.configure_optimizers()
-        self.step = 0
 
     def steps(self, count: int, part: int) -> float:
         """Return the mean seconds of `count` training steps from `part` images each."""
 
         def run() -> None:
-            for _ in range(count):
-                batch = Batch(next(self.batches).images[:part].to(self.device, non_blocking=True))
-                self.module.update(batch, self.optimizer, step=self.step)
-                self.step += 1
+            for batch in islice(self.batches, count):
+                images = batch.images[:part].to(self.device, non_blocking=True)
+                self.module.update(Batch(images), self.optimizer, step=0)
 
         return timed(run, self.device) / count
 
     def train(self) -> tuple[int, float, float, float]:
         """Return how many images were measured, bytes, seconds of a step, and of the start."""
-        on_cuda, fitting = self.device.type == "cuda", FitIntoMemory(self.config)
-        start = timed(lambda: fitting.prepare(self.module, self.ranks), self.device)
-        part = self.share if on_cuda else 1
+        fit = lambda: FitIntoMemory(self.config).prepare(self.module, self.ranks)
+        start = timed(fit, self.device)
+        part = self.share if self.device.type == "cuda" else 1
         start += self.steps(1, part)
+        part = min(self.share, max(1, int(part * LONG / self.steps(1, part))))
         seconds = self.steps(1, part)
-        if not on_cuda:
-            part = min(self.share, max(1, int(LONG / seconds)))
-            seconds = self.steps(1, part)
         seconds = self.steps(max(1, min(200, round(LONG / 2 / seconds))), part)
-        peak, micro = memory(self.device)[0], self.module.micro or self.share
-        if part < micro:
+        peak, left = memory(self.device)[0], (self.module.micro or self.share) - part
+        if left > 0:
             halved = 2 if self.module.precision == "bfloat16" else 1
-            peak += (micro - part) * memory_per_image(self.config) / halved
+            peak += left * memory_per_image(self.config) / halved
         return part, peak, seconds * self.share / part, start
 
     def preview(self) -> float:
-        """Return the seconds of one set of previews; on a CPU scaled from one image."""
+        """Return the seconds of one set of previews, scaled from one image where that is slow."""
         count, module = self.config.logging.preview_images, self.module.eval()
-        on_cuda = self.device.type == "cuda"
-        some = count if on_cuda else 1
-        draw = lambda: list(quick_images(module, module.ema, list(range(some))))
-        seconds = min(timed(draw, self.device) for _ in range(1 + on_cuda))  # the first warms up
-        module.train()
-        return seconds * count / some
+        draw = lambda n: list(quick_images(module, module.ema, list(range(n))))
+        all_of_them = timed(lambda: draw(1), self.device) * count
+        return all_of_them if all_of_them > LONG else timed(lambda: draw(count), self.device)
 
     def checkpoint(self) -> tuple[float, int]:
         """Return the seconds and bytes of one, written where the run's would be, and deleted."""
         states = {"state_dict": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-        home = next(p for p in (self.results, *self.results.parents) if p.is_dir())
+        results = Path(self.config.logging.results_folder).absolute()
+        home = next(p for p in (results, *results.parents) if p.is_dir())
         with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=home) as folder:
             path = Path(folder, "step.ckpt")
             seconds = timed(lambda: write_checkpoint(states, path), self.device)
             return seconds, path.stat().st_size
 
 
-def rehearse(config: Config, console: Console, *, dollars_per_hour: float | None = None) -> None:
-    """Measure a few steps, a preview and a checkpoint of a run; print what the whole takes."""
-    with console.status("measuring a few steps"):
-        rows = measure(config, dollars_per_hour)
-    for name, text in rows.items():
-        console.print(f"{name}: {text}")
-
-
 def measure(config: Config, dollars_per_hour: float | None = None) -> dict[str, str]:
     """Return what a run takes, as texts by name, from as few of its parts as will do."""
     run, training, logging = Rehearsal(config), config.training, config.logging
-    name, side, device = config.dataset.name, config.dataset.image_size, run.device
+    name, device = config.dataset.name, run.device
     forward, flops = flops_per_image(config)
-    step_flops = flops * training.batch_size
-    run_flops = step_flops * training.max_steps
+    run_flops = flops * training.batch_size * training.max_steps
     part, peak, step, start = run.train()
-    counts = {key: len(images) for key, images in run.images.items()}
+    count, validated = len(run.images["train"]), len(run.images["validation"])
     preview = run.preview() if logging.preview_every else 0.0
-    validation = step * counts["validation"] / training.batch_size * forward / flops
+    validation = step * validated / training.batch_size * forward / flops
     checkpoint, size = run.checkpoint()
     once = Seconds(step, preview, validation, checkpoint)
     whole = project(config, once)
-
-    data = f"{name}, {counts['train']:,} images, {counts['validation']:,} for validation"
-    if run.why_noise:
-        data = f"random images in place of {name}: {run.why_noise}"
     micro, there = run.module.micro or run.share, memory(device)[1]
     alone = f"; one of {run.ranks}, without the exchange of gradients" if run.ranks > 1 else ""
     scaled = f", scaled from {part} of a device's {run.share}" if part < run.share else ""
     too_much = "; that is too much: lower hardware.micro_batch_size" if peak > there else ""
-    cores = f"{device.type}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    on_cuda, parameters = device.type == "cuda", run.module.unet.parameters()
-    percent = lambda seconds: f"{seconds / sum(whole):.2%} of the time"
+    without = ", without evaluation.evaluate_every" if config.evaluation.evaluate_every else ""
+    hardware = f"{device.type}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    data = f"{name}, {count:,} images, {validated:,} for validation"
+    if run.why_noise:
+        data = f"random images in place of {name}: {run.why_noise}"
+    parameters = sum(p.numel() for p in run.module.unet.parameters())
     rows = {
-        "hardware": (torch.cuda.get_device_name(device) if on_cuda else cores) + alone,
+        "hardware": f"{hardware}{alone}",
         "data": data,
-        "network": f"{sum(p.numel() for p in parameters):,} parameters; an image of {side}x{side} "
-        f"takes {si(forward, 'FLOP')} forward, {si(flops, 'FLOP')} in training",
-        "step": f"{duration(step)} for {training.batch_size} images{scaled}, "
-        f"{si(step_flops, 'FLOP')}; the first after {duration(start)}",
+        "network": f"{parameters:,} parameters; an image takes {si(forward, 'FLOP')} forward, "
+        f"{si(flops, 'FLOP')} in training",
+        "step": f"{duration(step)} for {training.batch_size} images{scaled}; the first after "
+        f"{duration(start)}",
         "speed": f"{training.batch_size / step:,.4g} images/s",
         "memory": f"{'about ' * (part < micro)}{peak / 2**30:.2f} of {there / 2**30:.1f} GiB, "
         f"{micro} images at a time{too_much}",
+        "preview": f"{logging.preview_images} images",
+        "validation": f"{validated:,} images",
+        "checkpoint": f"{size / 1e6:,.4g} MB",
+        "run": f"{duration(sum(whole))} for {training.max_steps:,} steps, "
+        f"{si(run_flops, 'FLOP')}{without}",
     }
-    some = f"{logging.preview_images} images", f"{counts['validation']:,} images"
-    for key, what, one, total in zip(
-        Seconds._fields[1:], (*some, f"{size / 1e6:,.4g} MB"), once[1:], whole[1:], strict=True
-    ):
-        rows[key] = f"{duration(one)} for {what}; {percent(total)}" if total else "none"
-    without = ", without evaluation.evaluate_every" if config.evaluation.evaluate_every else ""
-    rows["run"] = (
-        f"{duration(sum(whole))} for {training.max_steps:,} steps, {si(run_flops, 'FLOP')}; "
-        f"{percent(sum(whole[1:]))} is not spent on steps{without}"
-    )
+    for key, seconds, total in zip(Seconds._fields[1:], once[1:], whole[1:], strict=True):
+        share = f"{total / sum(whole):.2%} of the time"
+        rows[key] = f"{duration(seconds)} for {rows[key]}; {share}" if total else "none"
     eflop, dollars = QUOTES.get(name, (0, 0))
     same = math.isclose(run_flops / 1e18, eflop, rel_tol=0.001)
     rows["cost"] = price(sum(whole) / 3600, dollars_per_hour, dollars if same else None)

@@ -4,30 +4,23 @@ import pytorch_lightning as pl
 import torch
 
 from config import Config
-from model import Network
 from pl_utils import DDPM
 
 
 class FitIntoMemory(pl.Callback):
-    """Compiles the network where that repays, and halves micro-batches until memory holds one.
-
-    Args:
-        begun: the step that training continues from.
-    """
+    """Compile the network, and halve micro-batches until memory holds one, after step `begun`."""
 
     def __init__(self, config: Config, begun: int = 0):
-        self.config = config
-        self.left = config.training.max_steps - begun
+        self.config, self.left = config, config.training.max_steps - begun
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, DDPM)
-        module.micro = self.prepare(module, trainer.world_size)
-        if trainer.world_size > 1:  # all ranks take the least of theirs
-            mine = torch.tensor(-float(module.micro), device=module.device)
-            module.micro = -int(trainer.strategy.reduce(mine, reduce_op="max"))
+        mine = torch.tensor(-float(self.prepare(module, trainer.world_size)), device=module.device)
+        # all ranks take the least of theirs
+        module.micro = -int(trainer.strategy.reduce(mine, reduce_op="max"))
 
     def prepare(self, module: DDPM, ranks: int = 1) -> int:
-        """Compile the module's network in place; return how many images fit at a time.
+        """Compile the network in place where that repays; return `module.micro`, which now fits.
 
         Raises:
             ValueError: the config's micro-batches do not fit, or not even one image does.
@@ -36,12 +29,13 @@ class FitIntoMemory(pl.Callback):
         module.unet.recompute = hardware.activation_checkpointing
         micro = hardware.micro_batch_size or self.config.training.batch_size // ranks
         long = on_cuda and self.left >= 10_000
-        if hardware.compile is True or (hardware.compile == "auto" and long):
+        compiled = hardware.compile is True or (hardware.compile == "auto" and long)
+        if compiled:
             module.unet.compile()  # in place: no name changes
-        elif not on_cuda:
-            return micro  # the system says by itself when memory is short
-        while not self._fits(module, micro):
+        # on a CPU the system says by itself when memory is short
+        while (compiled or on_cuda) and not self._fits(module, micro):
             micro //= 2
+        module.micro = micro
         return micro
 
     def _fits(self, module: DDPM, micro: int) -> bool:
@@ -66,16 +60,10 @@ class FitIntoMemory(pl.Callback):
             print(f"{micro} images do not fit in memory: micro-batches of {micro // 2}")
             return False
         except Exception as error:
-            if not give_up_compiling(module.unet):
+            if module.unet._compiled_call_impl is None:
                 raise
+            module.unet._compiled_call_impl = None  # private: torch has no way back
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"hardware.compile: cannot be done here, going on without ({reason})")
             return self._fits(module, micro)
         return True
-
-
-def give_up_compiling(network: Network) -> bool:
-    """Make a network that `compile` changed run as it did before; tell whether it had."""
-    compiled = network._compiled_call_impl is not None  # private: torch has no way back
-    network._compiled_call_impl = None
-    return compiled

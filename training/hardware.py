@@ -6,7 +6,6 @@ import re
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,14 +35,14 @@ def memory(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
         return torch.cuda.max_memory_allocated(device), there
-    try:
-        import resource
-    except ImportError:  # Windows
+    if not hasattr(os, "sysconf"):  # Windows
         return math.nan, math.nan
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError):  # Linux; what `resource` says began with the parent's size
-        status = Path("/proc/self/status").read_text()
-        return sum(int(kB) * 1024 for kB in re.findall(r"VmHWM:\s*(\d+) kB", status)), there
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where `resource` begins with the parent's size
+        return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]), there
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, there
 
 
@@ -52,45 +51,33 @@ def count_flops(network: nn.Module, x: Tensor, t: Tensor) -> tuple[int, int]:
 
     On the meta device nothing is computed.
     """
-    totals = []
-    for backward in (False, True):  # MATH: the counter does not know the CPU's fused attention
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            y = network(x, t)
-            if backward:
-                getattr(y, "sample", y).sum().backward()  # diffusers' networks give a `sample`
-        totals.append(counter.get_total_flops())
-    return totals[0], totals[1]
+    # MATH: the counter does not know the CPU's fused attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        y = network(x, t)
+        forward = counter.get_total_flops()
+        getattr(y, "sample", y).sum().backward()  # diffusers' networks give a `sample`
+    return forward, counter.get_total_flops()
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of tensors that operations have made and that are still there."""
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of tensors that operations have made and that are still there."""
 
     now = peak = 0
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        before = {v.untyped_storage() for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)}
-        after = {v.untyped_storage() for v in tree_leaves(result) if isinstance(v, Tensor)}
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        before, after = (
+            {v.untyped_storage() for v in tree_leaves(side) if isinstance(v, Tensor)}
+            for side in ((args, kwargs), result)
+        )
         for storage in after - before:
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
+            self.add(storage.nbytes())
+            weakref.finalize(storage, self.add, -storage.nbytes())
         return result
 
-    def free(self, size: int) -> None:
-        self.now -= size
-
-
-def activation_bytes(network: nn.Module, x: Tensor, t: Tensor) -> int:
-    """Return the most bytes that network(x, t) and its gradient hold, without the weights'.
-
-    In float32; on the meta device nothing is computed.
-    """
-    with _Live() as live:
-        torch.autograd.grad(network(x.requires_grad_(), t).sum(), x)
-    return live.peak
+    def add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from config import Config, to_yaml
 from files import atomic_write, explained
@@ -27,32 +27,25 @@ class Monitor(pl.Callback):
         assert isinstance(module, DDPM)
         self._summarise(trainer, module)
         self.total_skipped = 0
-        self.mark = (time.perf_counter(), trainer.global_step)
+        step = trainer.global_step
+        self.mark = time.perf_counter(), step
         if trainer.is_global_zero and self.console.is_terminal:
-            self.bar = Progress(
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("[progress.description]{task.description}"),
-                TimeRemainingColumn(),
-                console=self.console,
-                refresh_per_second=2,
-            )
+            columns = BarColumn(), MofNCompleteColumn(), "{task.description}", TimeRemainingColumn()
+            self.bar = Progress(*columns, console=self.console, refresh_per_second=2)
             self.bar.start()
-            self.task = self.bar.add_task(
-                "", total=trainer.max_steps, completed=trainer.global_step
-            )
+            self.task = self.bar.add_task("", total=trainer.max_steps, completed=step)
 
     def _summarise(self, trainer: pl.Trainer, module: DDPM) -> None:
         data, training = self.config.dataset, self.config.training
-        counts = {key: len(images) for key, images in trainer.datamodule.images.items()}  # type: ignore[attr-defined]
+        images = trainer.datamodule.images  # type: ignore[attr-defined]
         parameters = sum(p.numel() for p in module.unet.parameters())
         share = training.batch_size // trainer.world_size
         micro = module.micro or share
-        epochs = training.max_steps * training.batch_size / counts["train"]
+        epochs = training.max_steps * training.batch_size / len(images["train"])
         self.console.print(
-            f"data: {data.name}, {counts['train']:,} images of "
-            f"{data.channels}x{data.image_size}x{data.image_size}, {counts['validation']:,} for "
-            f"validation, flips {'on' if data.random_flip else 'off'}\n"
+            f"data: {data.name}, {len(images['train']):,} images of "
+            f"{data.channels}x{data.image_size}x{data.image_size}, {len(images['validation']):,} "
+            f"for validation, flips {'on' if data.random_flip else 'off'}\n"
             f"model: {parameters:,} parameters, T = {self.config.diffusion.timesteps}, on "
             f"{module.device}, {module.precision}\n"
             f"training: {training.max_steps:,} steps ({epochs:,.0f} epochs) of "
@@ -80,14 +73,14 @@ class Monitor(pl.Callback):
             self._log(trainer, module, step)
 
     def _log(self, trainer: pl.Trainer, module: DDPM, step: int) -> None:
-        tally = trainer.strategy.reduce(module.tally, reduce_op="mean")
-        loss, norm, count, skipped = tally.tolist()
+        loss, norm, count, skipped = trainer.strategy.reduce(
+            module.tally, reduce_op="mean"
+        ).tolist()
         in_a_row = int(module.longest_streak)
         module.tally.zero_()
         module.longest_streak.zero_()
-        now = time.perf_counter()
-        rate = (step - self.mark[1]) / (now - self.mark[0])
-        self.mark = now, step
+        before, self.mark = self.mark, (time.perf_counter(), step)
+        rate = (step - before[1]) / (self.mark[0] - before[0])
         self.total_skipped += round(skipped)
         metrics = {
             "train/loss": loss / count if count else math.nan,
@@ -98,9 +91,8 @@ class Monitor(pl.Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
-        text = (
-            f"loss {metrics['train/loss']:.4f}  {metrics['train/images per second']:,.0f} images/s"
-        )
+        text = f"loss {metrics['train/loss']:.4f}  "
+        text += f"{metrics['train/images per second']:,.0f} images/s"
         if self.total_skipped:
             text += f"  {self.total_skipped} steps skipped"
         if self.bar:
@@ -115,10 +107,9 @@ class Monitor(pl.Callback):
                 "hardware.precision=32-true, from the last checkpoint"
             )
 
-    def on_exception(self, *_: Any) -> None:
-        self.teardown()
-
     def teardown(self, *_: Any, **__: Any) -> None:
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+    on_exception = teardown

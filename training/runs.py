@@ -1,5 +1,6 @@
 """Runs as folders: which one a command means, what it starts from, and who may work in it."""
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,28 +22,17 @@ Say = Callable[[str], object]
 
 
 class InUse(ValueError):
-    """Another process trains in this folder."""
+    """The folder is another run's."""
 
 
 @dataclass
 class Start:
-    """What a run begins from.
+    """What a run begins from."""
 
-    Attributes:
-        run: its folder.
-        checkpoint: the one that it continues from, already read.
-        weights: what it is fine-tuned from.
-        lock: holds the folder for this process as long as it is open.
-    """
-
-    run: Path
-    checkpoint: tuple[Path, dict] | None = None
-    weights: ModelFiles | None = None
-    lock: IO | None = None
-
-    @property
-    def step(self) -> int:
-        return self.checkpoint[1]["global_step"] if self.checkpoint else 0
+    run: Path  # its folder
+    checkpoint: tuple[Path, dict] | None  # the one that it continues from, already read
+    weights: ModelFiles | None  # what it is fine-tuned from
+    lock: IO | None  # holds the folder for this process as long as it is open
 
     def release(self, *, untouched: bool) -> None:
         """Let the folder go; an `untouched` one, made for a run that could not begin, goes too."""
@@ -61,81 +51,65 @@ def find_start(
     chosen: bool,
     continue_training: bool,
     checkpoint_path: Path | None,
-    requeued: bool,
     is_main: bool,
 ) -> Start:
     """Return what the command line means.
 
     Args:
-        name: the run's. chosen: by --run-name; else name-2, name-3, ... may be meant.
-        requeued: SLURM runs the same command again, which then continues by itself.
+        chosen: `name` is that of --run-name; else name-2, name-3, ... may be meant.
         is_main: the one process of a run that holds its folder.
 
     Raises:
         FileNotFoundError: no such run, or no such checkpoint. ValueError: the folder is in use or
-            holds a run, or the checkpoint is damaged.
+            holds a run, the checkpoint is damaged, or no folder can be called so.
     """
+    if not name.strip() or name[0] in ".~" or set(name) & set("/\\*?[]\0"):
+        raise ValueError(
+            f"a run cannot be called {name!r}: give a --run-name without / \\ * ? [ ] that begins "
+            "with neither . nor ~"
+        )
     results = Path(config.logging.results_folder)
-    begun = runs_of(results, name, chosen) if requeued or continue_training else []
-    saved = bool(begun) and has_checkpoint(begun[0])
-    requeued = requeued and bool(begun)
-    weights = None
-    if requeued and saved:  # whatever it began from, it has gone on since
-        checkpoint_path = None
-    elif checkpoint_path and not holds_state(checkpoint_path):
-        weights = None if saved else read_model(checkpoint_path)
-        checkpoint_path = None
-    if checkpoint_path:
-        checkpoint = read_state(checkpoint_path)
-        if requeued:  # before its first checkpoint
-            return Start(begun[0], checkpoint, lock=lock(begun[0], is_main))
+    # SLURM runs the same command again, which then continues by itself
+    again = os.environ.get("SLURM_RESTART_COUNT", "0").strip("0").isdigit()
+    begun = runs_of(results, name, chosen) if again or continue_training else []
+    saved = bool(begun) and any(begun[0].glob("checkpoints/*.ckpt"))
+    requeued = again and bool(begun)
+    path, checkpoint, weights = checkpoint_path, None, None
+    if path and requeued and saved:  # whatever it began from, it has gone on since
+        path = None
+    elif path and not (path / "checkpoints").is_dir() and not can_continue(up_to_date(path)):
+        weights = None if saved else read_model(path)
+        path = None
+    run = begun[0] if begun and (requeued or not path) else None
+    if path:
+        path = up_to_date(path)
+        checkpoint = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
         home = checkpoint[0].parent.parent
         inside = checkpoint[0].parent.name == "checkpoints" and (home / "config.yml").is_file()
-        if inside and (not chosen or home.resolve() == (results / name).resolve()):
-            return Start(home, checkpoint, lock=lock(home, is_main))
-        run, held = new_run(results, name, chosen, is_main)
-        return Start(run, checkpoint, lock=held)
-    if requeued or (continue_training and (begun or not weights)):
-        if not begun:
-            there = ", ".join(sorted(p.name for p in results.glob("*") if p.is_dir()))
-            raise FileNotFoundError(
-                f"no run {results / name} to continue"
-                + (f"; there are: {there}" if there else "; leave out --continue-training")
-            )
-        held = lock(begun[0], is_main)
-        return Start(begun[0], newest_checkpoint(begun[0]) if saved else None, weights, held)
-    run, held = new_run(results, name, chosen, is_main)
-    return Start(run, None, weights, held)
-
-
-def holds_state(path: Path) -> bool:
-    """Tell whether `path` holds a run's whole state, rather than weights alone."""
-    return (path / "checkpoints").is_dir() or can_continue(up_to_date(path))
-
-
-def read_state(path: Path) -> tuple[Path, dict]:
-    """Return a checkpoint and its path; of a run's folder the newest good one."""
-    if path.is_dir():
-        return newest_checkpoint(path)
-    path = up_to_date(path)
-    return path, read_checkpoint(path)
+        if not run and inside and (not chosen or home.resolve() == (results / name).resolve()):
+            run = home
+    elif continue_training and not begun and not weights:
+        there = ", ".join(sorted(p.name for p in results.glob("*") if p.is_dir()))
+        hint = f"there are: {there}" if there else "leave out --continue-training"
+        raise FileNotFoundError(f"no run {results / name} to continue; {hint}")
+    run, held = (run, lock(run, is_main)) if run else new_run(results, name, chosen, is_main)
+    if saved and not checkpoint:
+        checkpoint = newest_checkpoint(run)
+    return Start(run, checkpoint, weights, held)
 
 
 def new_run(results: Path, name: str, chosen: bool, is_main: bool) -> tuple[Path, IO | None]:
     """Return a folder without a run, locked: `name`; unless chosen, or name-2, name-3, ..."""
     for number in count(1):
         run = results / (name if number == 1 else f"{name}-{number}")
-        if (run / "config.yml").exists():
-            if chosen and is_main:
-                raise ValueError(
+        try:
+            if (run / "config.yml").exists() and (is_main or not chosen):
+                raise InUse(
                     f"{run} holds a run: choose another --run-name, or continue it by "
                     "--continue-training without a path"
                 )
-            if not chosen:
-                continue
-        try:
             return run, lock(run, is_main)
-        except InUse:  # another that started in the same second
+        except InUse:  # by an earlier run, or by another that started in the same second
             if chosen:
                 raise
     raise AssertionError
@@ -148,11 +122,6 @@ def runs_of(results: Path, name: str, chosen: bool) -> list[Path]:
         numbered = (p for p in results.glob(f"{name}-*") if p.name[len(name) + 1 :].isdigit())
         runs = sorted([*runs, *numbered], key=last_change, reverse=True)
     return [run for run in runs if run.is_dir()]  # one without marks failed at its first write
-
-
-def has_checkpoint(run: Path) -> bool:
-    """Tell whether a run has saved anything."""
-    return any(run.glob("checkpoints/*.ckpt"))
 
 
 def last_change(run: Path) -> float:
@@ -183,18 +152,8 @@ def lock(run: Path, is_main: bool = True) -> IO | None:
     return file
 
 
-def check_name(name: str) -> str:
-    """Return a run's name; ValueError where no folder can be called so."""
-    if not name.strip() or name[0] in ".~" or set(name) & set("/\\*?[]\0"):
-        raise ValueError(
-            f"a run cannot be called {name!r}: give a --run-name without / \\ * ? [ ] that begins "
-            "with neither . nor ~"
-        )
-    return name
-
-
-def check_continuation(config: Config, path: Path, checkpoint: dict, say: Say) -> None:
-    """Say what a continued run changes.
+def check_continuation(config: Config, path: Path, checkpoint: dict, say: Say) -> bool:
+    """Say what a continued run changes; return whether it has steps left.
 
     Raises:
         ValueError: `config` would make another run of it.
@@ -212,7 +171,7 @@ def check_continuation(config: Config, path: Path, checkpoint: dict, say: Say) -
         rounding = line.startswith(("hardware.precision", "hardware.compile"))
         say(f"changed: {line}{' (from here on rounding differs)' if rounding else ''}")
     step = checkpoint["global_step"]
-    if step >= config.training.max_steps:
-        say(f"{path} has all {step:,} steps of training.max_steps; give a larger one to train on")
-    else:
-        say(f"continuing from {path} (step {step:,})")
+    left = step < config.training.max_steps
+    done = f"{path} has all {step:,} steps of training.max_steps; give a larger one to train on"
+    say(f"continuing from {path} (step {step:,})" if left else done)
+    return left

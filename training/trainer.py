@@ -2,7 +2,6 @@
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,29 +18,23 @@ from rich.console import Console
 from config import Config, divisors
 from files import atomic_write, explained
 from pl_utils import Previews
-from training.checkpoints import Checkpoints
+from training.checkpoints import Checkpoints, OnFailure
 from training.fitting import FitIntoMemory
 from training.monitor import Monitor
 from weights.checkpoint import read_checkpoint, write_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's door to `weights.checkpoint`.
+    """Lightning's door to `weights.checkpoint`; it hands over once what is `loaded` already."""
 
-    Args:
-        loaded: a path and the checkpoint that was read from it, which is handed over once.
-    """
-
-    def __init__(self, loaded: tuple[Path, dict] | None = None):
+    def __init__(self, loaded: tuple[Path, dict] | None):
         super().__init__()
         self.loaded = loaded
 
     def save_checkpoint(self, checkpoint: dict, path: Any, storage_options: Any = None) -> None:
         write_checkpoint(checkpoint, path)
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict:
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict:
         loaded, self.loaded = self.loaded, None
         return loaded[1] if loaded and loaded[0] == Path(path) else read_checkpoint(path)
 
@@ -51,17 +44,13 @@ def build_trainer(
     run: Path,
     console: Console,
     *,
-    callbacks: Sequence[pl.Callback] = (),
     loaded: tuple[Path, dict] | None = None,
-    step: int = 0,
-    on_failure: Callable[[BaseException, Path | None], None] | None = None,
+    on_failure: OnFailure = None,
 ) -> pl.Trainer:
     """Return a Trainer that drives `DDPM` on `ImageData`; it logs and saves in the folder `run`.
 
     Args:
-        callbacks: further ones, such as what evaluates while training.
-        loaded, step: the path that `fit` will be given, the checkpoint read from it, and its step.
-        on_failure: called with an error and the last checkpoint, before anything is torn down.
+        loaded: the path that `fit` will be given, and the checkpoint read from it.
 
     Raises:
         ValueError: hardware that is not there, or a batch that it cannot share.
@@ -73,18 +62,17 @@ def build_trainer(
     check_launcher(ranks)
     check_division(config.training.batch_size, hardware.micro_batch_size, ranks)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
-    resumed_from = loaded[0] if loaded else None
+    path, step = (loaded[0], loaded[1]["global_step"]) if loaded else (None, 0)
     ours = [
         FitIntoMemory(config, step),
         Monitor(config, run, console),
-        Checkpoints(run / "checkpoints", config, resumed_from, on_failure),
+        Checkpoints(run / "checkpoints", config, path, on_failure),
     ]
     if {*logging.logger} & {"tensorboard", "wandb"}:  # which show images
         ours.append(Previews(config))
     plugins: list[Any] = [AtomicCheckpointIO(loaded)]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # `Checkpoints` requeues, at a step boundary
-        plugins.append(SLURMEnvironment(auto_requeue=False))
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # `Checkpoints` does, after a step
     try:
         return pl.Trainer(
             accelerator=hardware.accelerator,
@@ -97,7 +85,7 @@ def build_trainer(
             check_val_every_n_epoch=None,
             limit_val_batches=1.0 if every else 0,
             num_sanity_val_steps=0,
-            callbacks=[*ours, *callbacks],
+            callbacks=ours,
             logger=[build_logger(kind, run, step) for kind in logging.logger],
             plugins=plugins,
             enable_checkpointing=False,
@@ -111,18 +99,20 @@ def build_trainer(
 
 
 def build_logger(kind: str, run: Path, step: int) -> Logger:
-    """Return a logger to TensorBoard, a CSV file, or Weights & Biases.
-
-    Its errors of the system name the run's folder and say what to do.
-    """
+    """Return a logger of some kind, whose errors of the system name the run's folder."""
     logger: Logger
     if kind == "csv":  # a file for each start: it would overwrite one that is there
         logger = CSVLogger(run, name="csv", version=f"from-step-{step}")
     elif kind == "wandb":
         if not find_spec("wandb"):
             raise ValueError("logging.logger: wandb needs `pip install wandb`")
+        file = run / ".id"  # stays with the folder, so that the page does too
+        if not file.exists():
+            with atomic_write(file) as temporary:
+                temporary.write_text(secrets.token_hex(4))
         name = run.resolve().name
-        logger = WandbLogger(name=name, id=f"{name}-{run_id(run)}", save_dir=run, resume="allow")
+        page = f"{name}-{file.read_text()}"
+        logger = WandbLogger(name=name, id=page, save_dir=run, resume="allow")
     else:
         logger = TensorBoardLogger(
             run.parent,
@@ -131,29 +121,17 @@ def build_logger(kind: str, run: Path, step: int) -> Logger:
             default_hp_metric=False,
             purge_step=step + 1 if step else None,  # what was logged past the checkpoint
         )
-        # it would write an empty hparams.yaml; ours is config.yml
-        logger.save = lambda: None  # type: ignore[method-assign]
+        logger.save = lambda: None  # type: ignore[method-assign]  # an empty hparams.yaml
     for method in ("log_metrics", "save", "finalize"):
         setattr(logger, method, explained(run, kept=False)(getattr(logger, method)))
     return logger
 
 
-def run_id(run: Path) -> str:
-    """Return 8 hexadecimal digits that stay with the folder, so that its W&B page does too."""
-    file = run / ".id"
-    if not file.exists():
-        with atomic_write(file) as temporary:
-            temporary.write_text(secrets.token_hex(4))
-    return file.read_text()
-
-
 def check_launcher(ranks: int) -> None:
     """Raise ValueError where torchrun or srun started another number of processes."""
-    launched = ranks
-    if TorchElasticEnvironment.detect():
-        launched = int(os.environ["WORLD_SIZE"])
-    elif SLURMEnvironment.detect():
-        launched = int(os.environ.get("SLURM_NTASKS", ranks))
+    name = "WORLD_SIZE" if TorchElasticEnvironment.detect() else "SLURM_NTASKS"
+    slurm_or_torchrun = TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
+    launched = int(os.environ.get(name, ranks)) if slurm_or_torchrun else ranks
     if launched != ranks:
         raise ValueError(
             f"{launched} processes were started, and the config has hardware.devices x "

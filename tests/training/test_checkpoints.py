@@ -102,7 +102,7 @@ def test_other_images_are_not_trained_on(tmp_path):
 
 def test_a_folder_is_one_runs(tmp_path):
     held = lock(tmp_path / "lightning_logs/digits")
-    asked = dict(continue_training=False, checkpoint_path=None, requeued=False, is_main=True)
+    asked = dict(continue_training=False, checkpoint_path=None, is_main=True)
     config = load_config(
         "configs/digits.yml", [f"logging.results_folder={tmp_path}/lightning_logs"]
     )
