@@ -181,7 +181,7 @@ def _most_common(counts: Counter, describe: Callable[..., str]) -> list[str]:
     common = counts.most_common()
     lines = [f"{count:>9,}  {describe(kind)}" for kind, count in common[:5]]
     if others := sorted(common[5:]):
-        ends = " ... ".join(describe(others[i][0]) for i in (0, -1))
+        ends = " ... ".join(describe(others[i][0]).partition(" -> ")[0] for i in (0, -1))
         lines.append(f"{sum(n for _, n in others):>9,}  of {len(others):,} others, {ends}")
     return lines
 
