@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from processes import PROJECT, run, start
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from config import load_config
@@ -128,6 +128,24 @@ def load(tmp_path, name="folder", **changes):
         "cache": str(tmp_path / "cache"),
     }
     return load_images(**{**keys, **changes})
+
+
+# ---- features
+
+
+class Net(nn.Module):
+    """uint8 [B, 3, H, W] -> features [B, 12], logits [B, 5]; the same each time."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 12, 3, stride=2)
+            self.fc = nn.Linear(12, 5)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.conv(images.float() / 127.5 - 1).relu().mean(dim=(2, 3))
+        return features, 9 * self.fc(features)
 
 
 # ---- runs

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from helpers import PROJECT, assert_same, start, tiny, train
+from helpers import PROJECT, Net, assert_same, start, tiny, train
 from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from typer.testing import CliRunner
 
@@ -29,21 +28,6 @@ from evaluation.likelihood import bits_per_dim
 from generation import make_denoiser
 from training.datamodule import open_images
 from weights import load_model
-
-
-class Net(nn.Module):
-    """uint8 [B, 3, H, W] -> features [B, 12], logits [B, 5]; the same each time."""
-
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.conv = nn.Conv2d(3, 12, 3, stride=2)
-            self.fc = nn.Linear(12, 5)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.conv(images.float() / 127.5 - 1).relu().mean(dim=(2, 3))
-        return features, 9 * self.fc(features)
 
 
 class Registered(FeatureExtractorBase):

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import Net, noise_image
+from processes import PROJECT
 
-PROJECT = Path(__file__).parent.parent
 CAP = int(os.environ.get("FAULTS", "10"))
 LIMIT = 240  # seconds a command
 KINDS = "write,pwrite64,fsync,fdatasync,/^rename,/^link,/^unlink,/^open,/^mkdir"
@@ -170,8 +171,6 @@ def disturb(command: str, new_place, result, to_continue: str = "") -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder with a trained model, pictures and an extractor of features."""
-    from helpers import noise_image
-    from test_evaluate import Net
 
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "configs").symlink_to(PROJECT / "configs")
