@@ -51,7 +51,10 @@ class Model(nn.Module):
 
     def digest(self) -> str:
         """Return 16 hexadecimal digits of the weights and the process."""
-        digest = hashlib.sha256(json.dumps(self.config.diffusion.model_dump()).encode())
+        process = self.config.diffusion.model_dump()
+        if process["prediction"] == "eps":
+            del process["prediction"]  # digests are older than the key
+        digest = hashlib.sha256(json.dumps(process).encode())
         for name, tensor in self.network.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.contiguous().cpu().numpy().tobytes())
