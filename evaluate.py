@@ -50,8 +50,12 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 def evaluate(
     sampling: dict[str, Any],
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="What is measured.")],
-    metrics: Annotated[str | None, typer.Option(help="Of fid,is,kid,pr,nll; default: all.")] = None,
-    num_images: Annotated[int | None, typer.Option(min=2, help="Default: 50,000, or all.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Any of fid,is,kid,pr,nll. Default: all that apply.")
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=2, help="Number of images. Default: 50,000, or all there are.")
+    ] = None,
     reference: Annotated[
         str,
         typer.Option(

@@ -83,12 +83,14 @@ def sample(
     precision: Precision = "auto",
     grid: Annotated[bool, typer.Option(help="Write grid.png of up to 400 of them, too.")] = True,
     upscale: Annotated[
-        int | None, typer.Option(min=2, max=64, help="Write copies enlarged so many times.")
+        int | None, typer.Option(min=2, max=64, help="Write copies enlarged this many times.")
     ] = None,
     format: Annotated[
         Literal["png", "jpg", "npz"], typer.Option(help="Write copies of another kind, too.")
     ] = "png",
-    gif: Annotated[bool, typer.Option("--gif", help="Write chain.gif: how 36 arise.")] = False,
+    gif: Annotated[
+        bool, typer.Option("--gif", help="Write chain.gif: how up to 36 emerge.")
+    ] = False,
 ) -> None:
     console, folder = plain_console(), output_dir
     try:
