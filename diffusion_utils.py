@@ -310,10 +310,10 @@ def heun_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list
     steps: list[Step] = []
     for euler in ddim_steps(diffusion, times, eta=0.0):
         steps.append(euler)
-        if euler.s < 0:  # r = 0: the slope has no value
-            continue
         a_t, a_s = diffusion.alpha_bar(euler.t), diffusion.alpha_bar(euler.s)
-        r_t, r_s = math.sqrt((1 - a_t) / a_t), math.sqrt((1 - a_s) / a_s)
+        r_t, r_s = (math.sqrt((1 - a) / a) for a in (a_t, a_s))
+        if euler.s < 0 or r_t > 80:  # no slope at r = 0; nothing to see beyond their sigma_max
+            continue
         h, signal = (r_s - r_t) / 2, math.sqrt(a_s)
         states = h / r_s, math.sqrt(a_s / a_t) * (1 + h / r_t)
         steps.append(Step(euler.s, euler.s, states, (-signal * h / r_s, -signal * h / r_t)))

@@ -385,17 +385,18 @@ def test_heun_is_the_textbooks():
         r_t, r_s = (math.sqrt(1 / d.alpha_bar(u) - 1) for u in (t, s))
         slope = (y - x0_of(y * math.sqrt(d.alpha_bar(t)), t)) / r_t
         euler = y + (r_s - r_t) * slope
-        if s >= 0:
+        if s >= 0 and r_t < 80:  # sigma_max
             there = (euler - x0_of(euler * math.sqrt(d.alpha_bar(s)), s)) / r_s
             y = y + (r_s - r_t) * (slope + there) / 2
         else:
             y = euler
     steps = steps_of(d, "heun", n=12)
-    assert len(steps) == 23
+    assert len(steps) == 22
     *_, (_, x, _) = reverse(x0_of, x_T, steps, lambda _: 0.0)
     torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
-    errors = [abs(exact_variance(d, steps_of(d, s, n=12)) - v) for s in ("ddim", "heun")]
-    assert errors[1] < errors[0] / 2
+    for d in (process(), process("cosine")):  # r begins at 157, and at 20,000
+        errors = [abs(exact_variance(d, steps_of(d, s, n=12)) - v) for s in ("ddim", "heun")]
+        assert errors[1] < errors[0] / 2
 
 
 def test_rows_may_go_up_and_ask_nothing():
