@@ -39,6 +39,8 @@ def same_everywhere() -> None:
     for name in list(os.environ):
         if name in names or name.startswith(("SLURM_", "TORCHELASTIC_")):
             del os.environ[name]
+    # threads that wait for others are not to take the cores from them
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # caches: of the compiled kernel, Matplotlib's fonts, the Hub; workers of xdist inherit it
     if not writable(os.path.expanduser("~")):
         os.environ["HOME"] = tempfile.mkdtemp(prefix="ddpm-home-")
