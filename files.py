@@ -50,9 +50,8 @@ def explained(path: str | Path, *, kept: bool = True) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = (
-            error  # torch and Lightning hide a full disk behind errors of their own
-        )
+        # torch and Lightning hide a full disk behind errors of their own
+        cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             shown = None if cause.__suppress_context__ else cause.__context__
             cause = cause.__cause__ or shown

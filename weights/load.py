@@ -1,6 +1,9 @@
 """Read a trained model from files of any dialect: ours, diffusers', the official code's."""
 
+import errno
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -192,6 +195,11 @@ def _read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # a damaged file can raise anything
+        # torch's C++ says "unable to open file <...>: Too many open files (24)"
+        told = re.match(r"unable to .*\((\d+)\)$", str(error))
+        code = int(told[1]) if told else getattr(error, "errno", None)
+        if code not in (None, errno.EINVAL):  # the system's, and no fault of the file
+            raise OSError(code, os.strerror(code), str(path)) from None
         kind = path.suffix[1:]
         raise ValueError(f"{path} is damaged or not a plain {kind} file: {error}") from None
 
