@@ -198,6 +198,8 @@ def _read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
         # torch's C++ says "unable to open file <...>: Too many open files (24)"
         told = re.match(r"unable to .*\((\d+)\)$", str(error))
         code = int(told[1]) if told else getattr(error, "errno", None)
+        if isinstance(error, FileNotFoundError):  # safetensors' word for any failure to open
+            code = errno.EIO if path.exists() else errno.ENOENT
         if code not in (None, errno.EINVAL):  # the system's, and no fault of the file
             raise OSError(code, os.strerror(code), str(path)) from None
         kind = path.suffix[1:]
