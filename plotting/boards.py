@@ -98,9 +98,10 @@ class Board:
         self.height = self.y[-1] + self.side + inch(0.2)
         self.figure = Figure(figsize=(self.width / dpi, self.height / dpi), dpi=dpi)
         self.canvas = FigureCanvasAgg(self.figure)
+        self.image = self.figure.figimage(self.compose(cells), origin="upper")  # dot for dot
         axes = self.figure.add_axes((0, 0, 1, 1))  # its units are dots
+        axes.set(xlim=(0, self.width), ylim=(self.height, 0))
         axes.set_axis_off()
-        self.image = axes.imshow(self.compose(cells), interpolation="nearest", aspect="auto")
 
         start, middle = inch(0.2) if rows else left, self.side / 2
         self.title = axes.text(start, inch(0.2), title, va="top", size=11, weight="bold")

@@ -52,7 +52,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_folder_with_every_kind_of_bad_file(folder, monkeypatch):
-    line = f"configs/folder.yml dataset.root={folder} --contact-sheet deep/s.png"
+    line = f"configs/folder.yml 'dataset.root={folder}' --contact-sheet deep/s.png"
     output = report(line, monkeypatch)
     for line in (
         "15  178x218 -> centre 178x178 -> 64x64",  # cut.png and bent.png have good headers
@@ -91,7 +91,7 @@ def test_headers(tmp_path):
 
 
 def test_the_report_and_training_see_the_same_images(folder, monkeypatch):
-    report(f"configs/folder.yml dataset.root={folder}", monkeypatch)
+    report(f"configs/folder.yml 'dataset.root={folder}'", monkeypatch)
     decoded = {p: p.stat().st_mtime_ns for p in Path("data/cache").iterdir()}
     config = load_config("configs/folder.yml", [f"dataset.root={folder}"])
     dataset.load_images(**config.dataset.model_dump(exclude={"random_flip"}))
@@ -195,7 +195,7 @@ def test_advice(overrides, headers, changes, says):
 
 def test_only_a_contact_sheet_is_replaced(tmp_path, monkeypatch):
     mine = tmp_path / "mine.png"
-    line = f"configs/digits.yml --contact-sheet {mine}"
+    line = f"configs/digits.yml --contact-sheet '{mine}'"
     Image.new("L", (9, 9)).save(mine)
     assert "is another image" in report(line, monkeypatch, code=2)
     assert Image.open(mine).size == (9, 9)
