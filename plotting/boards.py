@@ -98,7 +98,7 @@ class Board:
         self.height = self.y[-1] + self.side + inch(0.2)
         self.figure = Figure(figsize=(self.width / dpi, self.height / dpi), dpi=dpi)
         self.canvas = FigureCanvasAgg(self.figure)
-        self.image = self.figure.figimage(self.compose(cells), origin="upper")  # dot for dot
+        self.image = self.figure.figimage(self.compose(cells), origin="upper", zorder=-1)
         axes = self.figure.add_axes((0, 0, 1, 1))  # its units are dots
         axes.set(xlim=(0, self.width), ylim=(self.height, 0))
         axes.set_axis_off()

@@ -153,6 +153,7 @@ def test_a_board_has_every_pixel_as_a_square(tmp_path):
     assert image.text["recipe"] == '{"a": 1}'
     page, inside = np.array(image.convert("RGB")), board.compose(cells)
     assert page.shape == inside.shape
+    assert (page[: board.y[0]] < 128).any()  # words are over the images' page, not under it
     images = slice(board.y[0], board.y[-1] + board.side), slice(board.x[0], board.x[-1] + 96)
     assert np.array_equal(page[images], inside[images])  # dot for dot
     for (i, y), (j, x) in itertools.product(enumerate(board.y), enumerate(board.x)):
