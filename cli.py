@@ -187,9 +187,10 @@ def sampling_options(command: Callable) -> Callable:
         chosen = {name: given.pop(name) for name in fields}
         chosen = {name: value for name, value in chosen.items() if value is not None}
         try:
-            command(sampling=check_sampling(overrides) | chosen, **given)
+            said = check_sampling(overrides)
         except ValueError as error:
             raise typer.Exit(fail(error)) from None
+        command(sampling=said | chosen, **given)
 
     ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
     with_options.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]

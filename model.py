@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -376,6 +377,11 @@ def has_bf16(device: torch.device) -> bool:
     forced = os.environ.get("DDPM_BF16")
     if forced in ("0", "1"):
         return forced == "1"
+    return _multiplies_bf16(device)
+
+
+@cache  # a training step asks
+def _multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

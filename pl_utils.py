@@ -247,14 +247,18 @@ def skips_on_device(device: torch.device) -> bool:
 # ---- samples while training
 
 
-def quick_images(module: DDPM, network: Network, seeds: list[int]) -> Iterator[tuple]:
+def quick_images(
+    module: DDPM, network: Network, seeds: list[int], batch_size: int = 64
+) -> Iterator[tuple[list[int], Tensor]]:
     """Yield (seeds, images) as previews and evaluations while training draw them."""
     data, steps = module.config.dataset, quick_steps(module.diffusion)
     denoiser: Denoiser = make_denoiser(
         at_precision(network, module.precision), module.diffusion, times=[step.t for step in steps]
     )
     shape = (data.channels, data.image_size, data.image_size)
-    return generate(denoiser, steps, seeds, shape=shape, device=module.device)
+    return generate(
+        denoiser, steps, seeds, shape=shape, device=module.device, batch_size=batch_size
+    )
 
 
 class Previews(pl.Callback):

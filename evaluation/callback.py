@@ -1,5 +1,6 @@
 """FID, IS and KID of a few images while training."""
 
+from itertools import chain
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -48,10 +49,13 @@ class Evaluation(pl.Callback):
         assert isinstance(module, DDPM)
         tally = Tally.of(self.extractor, count, self.shape, keep=count)
         module.eval()
-        for batch in self.ranks.share(count, BATCH):
+        batches = self.ranks.share(count, BATCH)
+        drawn = quick_images(module, module.ema, [*chain(*batches)], BATCH)
+        for batch in batches:
             if Checkpoints.of(trainer).signalled():  # all ranks ask together
                 break
-            for seeds, images in quick_images(module, module.ema, batch):
+            if batch:
+                seeds, images = next(drawn)
                 tally.add(seeds, *self.extractor(images.to(self.ranks.device)))
         else:
             self.ranks.add_up(*tally.tensors())

@@ -120,9 +120,11 @@ class Measurement(Plan):
             yield from read(self.images, self.rows, batches, advance)
             return
         how: Any = {"shape": self.shape, "device": ranks.device, "advance": advance}
-        make = lambda some: next(generate(self.denoiser, self.steps, some, batch_size=size, **how))[
-            1
-        ]
+
+        def make(some: list[int]) -> Tensor:
+            ((_, images),) = generate(self.denoiser, self.steps, some, batch_size=size, **how)
+            return images
+
         seeds = [[self.seeds[row] for row in batch] for batch in batches]
         if self.options.save_images:
             # whatever is there already: sums in another order have other last digits

@@ -87,7 +87,6 @@ def chain(
 ) -> Iterator[tuple[Step, Tensor, Tensor]]:
     """Walk the reverse process of one batch; yield (step, x_s, x0_hat), [B, C, H, W] each.
 
-
     An image belongs to its seed: neighbours in the batch, and how many, do not touch it.
 
     Args:
