@@ -58,6 +58,12 @@ def describe(error: BaseException) -> str:
             f"{error.name} is not installed for {sys.executable}: "
             "pip install -r requirements.txt, or take the Python that has it (.venv/bin/python)"
         )
+    if "DataLoader worker" in text:
+        died = text.partition(". ")[0]
+        return (
+            "a process that loads images has died, which a full /dev/shm or little memory does; "
+            f"try hardware.num_workers=0 ({died})"
+        )
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
         reason = text.splitlines()[0] if text else type(error).__name__
         return f"this does not fit into memory; try less of it ({reason})"

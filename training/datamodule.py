@@ -1,8 +1,10 @@
 """Lightning's side of the data: uint8 batches, addressed by step."""
 
+import os
 import signal
 from collections.abc import Callable, Iterable
 from functools import partial
+from multiprocessing.queues import Queue
 
 import pytorch_lightning as pl
 import torch
@@ -70,11 +72,16 @@ def _loader(images: Images, batches: Iterable[list[int]], config: Config) -> Dat
         sampler=batches,
         num_workers=config.hardware.num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_begin_worker,
     )
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
-    """Ignore what a terminal and SLURM send to every process: the parent still ends its step."""
+def _begin_worker(_: int) -> None:
+    """Ignore what a terminal and SLURM send to every process: the parent still ends its step.
+
+    A batch that cannot be handed over, as where /dev/shm is full, ends the worker, which the parent
+    sees: the queue would drop it, and the parent wait for it for ever.
+    """
     for signum in {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows: some
         signal.signal(getattr(signal, signum), signal.SIG_IGN)
+    Queue._on_queue_feeder_error = lambda *_: os._exit(1)  # type: ignore[attr-defined]  # private

@@ -7,13 +7,16 @@ import pytorch_lightning as pl
 import torch
 from helpers import assert_same, steps_of, tiny, train
 
+import cli
 import pl_utils
 from config import load_config
+from dataset import Batch
 from diffusion_utils import from_uint8
 from generation import SeedNoise, generate, make_denoiser
 from model import at_precision
 from pl_utils import DDPM, TRAIN
 from training import ImageData
+from training.datamodule import train_batches
 from training.trainer import check_division, check_launcher
 from weights import newest_checkpoint
 
@@ -332,3 +335,24 @@ def test_division():
         check_division(64, None, 3)
     with pytest.raises(ValueError, match=r"16 does not divide the 8 images .* 1, 2, 4, 8"):
         check_division(64, 16, 8)
+
+
+class Unsendable:
+    """A batch that cannot be handed over, as none can where /dev/shm is full."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, rows):
+        return Batch(self)
+
+    def __reduce__(self):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_run():
+    batches = train_batches(Unsendable(), tiny("hardware.num_workers=1"))
+    with pytest.raises(RuntimeError) as failure:
+        next(iter(batches))
+    assert "/dev/shm" in cli.describe(failure.value)
+    assert "try hardware.num_workers=0 (DataLoader worker" in cli.describe(failure.value)
