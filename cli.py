@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
@@ -102,7 +102,7 @@ if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a c
 
 import typer  # noqa: E402  (may be missing)
 
-from config import Config, SamplingConfig, check_sampling, fields_of  # noqa: E402
+from config import Config, apply_override, check_config, fields_of  # noqa: E402
 from files import advice, did_you_mean  # noqa: E402
 
 # ---- the terminal
@@ -147,28 +147,61 @@ def keys_like(incomplete: str) -> list[str]:
 
 
 def sampling_keys(incomplete: str) -> list[str]:
-    """Return the keys of `sampling` that begin so."""
-    return [key for key in keys_like(incomplete) if key.startswith("sampling.")]
+    """Return the keys of `sampling` and `guidance` that begin so."""
+    return [key for key in keys_like(incomplete) if key.partition(".")[0] in STEERING]
+
+
+STEERING = "sampling", "guidance"  # sections that have an option for each key
+ALSO = {
+    "class_label": (list[str], "What to draw: a class, several (2,5), or all; a row for each."),
+    "guide": (Path, "A weaker model that guidance leads away from; default: it without labels."),
+}
+
+
+def check_sampling(overrides: Iterable[str]) -> dict[str, Any]:
+    """Return what `sampling.key=value` and `guidance.key=value` set; ValueError for any other.
+
+    Those of guidance are called guidance_key.
+    """
+    tree: dict[str, dict] = {section: {} for section in STEERING}
+    for override in overrides:
+        apply_override(tree, override)
+        if len(tree) > len(STEERING):
+            only = " and ".join(f"{section}.key=value" for section in STEERING)
+            raise ValueError(f"{override}: here only {only} can be said")
+    run = {"dataset": {"name": "digits", "image_size": 32}, "training": {"max_steps": 1}}
+    check_config(run | {"diffusion": {"timesteps": 10**6}} | tree, source="the command line")
+    return tree["sampling"] | {f"guidance_{key}": v for key, v in tree["guidance"].items()}
 
 
 def sampling_options(command: Callable) -> Callable:
-    """Give a command an option for each key of the config's section `sampling`.
+    """Give a command an option for each key of the config's sections `sampling` and `guidance`.
 
-    --eta 0.5 is an alias of `sampling.eta=0.5`, which may follow the arguments. The command takes
-    both as `sampling`: a dict of those that were given.
+    --eta 0.5 is an alias of `sampling.eta=0.5`, and --guidance-scale 2 of `guidance.scale=2`, which
+    may follow the arguments. The command takes all as `sampling`, a dict of those that were given,
+    with `class_label`, a list, and `guide`, a path.
     """
-    fields = SamplingConfig.model_fields
     parameters = dict(inspect.signature(command).parameters)
     del parameters["sampling"]
-    for name, field in fields.items():
-        rules = {k: getattr(m, k) for m in field.metadata for k in ("ge", "le") if hasattr(m, k)}
-        limits = {{"ge": "min", "le": "max"}[k]: rule for k, rule in rules.items()}
-        option = typer.Option(help=f"{field.description}.", **limits)
+    options: dict[str, tuple[Any, Any]] = {}
+    for name, field in fields_of("sampling").items():
+        options[name] = (
+            field.annotation,
+            typer.Option(help=f"{field.description}.", **limits(field)),
+        )
+    scale, interval = (fields_of("guidance")[key] for key in ("scale", "interval"))
+    options["guidance_scale"] = float, typer.Option(help=f"{scale.description}.", **limits(scale))
+    options["guidance_interval"] = (
+        str,
+        typer.Option(metavar="LO,HI", help=f"{interval.description}."),
+    )
+    options |= {name: (kind, typer.Option(help=text)) for name, (kind, text) in ALSO.items()}
+    for name, (kind, option) in options.items():
         parameters[name] = inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[Optional[field.annotation], option],  # noqa: UP045
+            annotation=Annotated[Optional[kind], option],  # noqa: UP045
         )
     parameters["overrides"] = inspect.Parameter(
         "overrides",
@@ -187,12 +220,15 @@ def sampling_options(command: Callable) -> Callable:
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
         overrides = given.pop("overrides") or []
-        if str(given.get("checkpoint")).startswith("sampling."):  # the first, after --run-name
-            overrides = [str(given["checkpoint"]), *overrides]
-            given["checkpoint"] = None
-        chosen = {name: given.pop(name) for name in fields}
-        chosen = {name: value for name, value in chosen.items() if value is not None}
+        if str(given.get("checkpoint")).startswith(STEERING):  # the first, after --run-name
+            first = str(given["checkpoint"])
+            if "=" in first:
+                overrides, given["checkpoint"] = [first, *overrides], None
+        chosen = {name: given.pop(name) for name in options}
+        chosen = {name: value for name, value in chosen.items() if value not in (None, [])}
         try:
+            if interval := chosen.pop("guidance_interval", None):
+                overrides = [*overrides, f"guidance.interval=[{interval}]"]
             said = check_sampling(overrides)
         except ValueError as error:
             raise typer.Exit(fail(error)) from None
@@ -202,6 +238,12 @@ def sampling_options(command: Callable) -> Callable:
     with_options.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     with_options.__annotations__ = {name: p.annotation for name, p in parameters.items()}
     return with_options
+
+
+def limits(field: Any) -> dict[str, Any]:
+    """Return a config field's bounds as typer's."""
+    names = {"ge": "min", "le": "max"}
+    return {n: getattr(m, k) for m in field.metadata for k, n in names.items() if hasattr(m, k)}
 
 
 def usable_device(device: str) -> str:
@@ -223,6 +265,14 @@ def usable_device(device: str) -> str:
         names = [k if n == 1 else f"{k}:0 ... {k}:{n - 1}" for k, n in there.items() if n]
         raise ValueError(f"--device {device} cannot be used here; there are: {', '.join(names)}")
     return device
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (height, width) of '64' or '96x64'."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdigit() and 0 < int(side) < 2**15 for side in sides):
+        raise ValueError(f"--image-size {text!r} is neither 64 nor 96x64 (height x width)")
+    return int(sides[0]), int(sides[-1])
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -1,11 +1,11 @@
 """The schema of a run: sections, defaults, rules, YAML in and out.
 
 A config is data: frozen, checked once, the same in the YAML file, in the run's folder and in every
-checkpoint. `model`, `diffusion` and `sampling` mirror one constructor each (`UNet`,
-`GaussianDiffusion`, `make_steps`). What a run is told is of four kinds: what is learned
+checkpoint. `model`, `diffusion`, `sampling` and `guidance` mirror one constructor each (`UNet`,
+`GaussianDiffusion`, `make_steps`, `Guidance`). What a run is told is of four kinds: what is learned
 (`training`), where it runs (`hardware`), what is written down (`logging`) and what is measured
-meanwhile (`evaluation`). Facts of the data, `image_size` and `channels`, are written once, under
-`dataset`. Defaults live here only.
+meanwhile (`evaluation`). Facts of the data, `image_size`, `channels` and `classes`, are written
+once, under `dataset`. Defaults live here only.
 """
 
 import json
@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from files import did_you_mean, parse_yaml
+from files import did_you_mean, read_yaml, set_value, split_override, yaml_value
 
 
 class Section(BaseModel):
@@ -48,7 +48,8 @@ def free(default: Any = ..., **rules: Any) -> Any:
 
 
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]  # a shell leaves key=~/x alone
-WITH_TEST_SET = ("mnist", "fashion-mnist", "cifar10", "flowers102")
+Side = Annotated[int, Field(ge=4, le=16_384)]
+WITH_TEST_SET = ("mnist", "fashion-mnist", "cifar10", "flowers102", "emoji")
 
 
 class DatasetConfig(Section):
@@ -56,14 +57,14 @@ class DatasetConfig(Section):
 
     name: Literal[
         "digits", "mnist", "fashion-mnist", "cifar10", "flowers102", "celebahq",
-        "lsun-church", "lsun-bedroom", "lsun-cat",
+        "lsun-church", "lsun-bedroom", "lsun-cat", "emoji",
         "folder", "zip", "tar", "npy", "npz", "huggingface",
     ]  # fmt: skip
     """which images; folder, zip, npy, ... are your own"""
     root: Folder = free("data")
     """where they are, or are downloaded to"""
-    image_size: int = Field(ge=4, le=16_384)
-    """height and width, in pixels"""
+    image_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
+    """in pixels: of a square, or [height, width]"""
     channels: int = Field(3, ge=1, le=4)
     """1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha"""
     fit: Literal["crop", "pad"] = "crop"
@@ -74,9 +75,33 @@ class DatasetConfig(Section):
     """share of images kept for validation, where the set has no test set"""
     cache: Folder = free("data/cache")
     """folder of decoded images"""
+    labels: bool = False
+    """learn the classes of the images, too"""
+    classes: list[str] = []
+    """their names; read from the data"""
+
+    @field_validator("image_size")
+    @classmethod
+    def _squares_are_one_number(cls, size: Any) -> Any:
+        return size[0] if isinstance(size, list) and size[0] == size[1] else size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.channels, *self.size
 
     @model_validator(mode="after")
-    def _test_sets_validate(self) -> "DatasetConfig":
+    def _keys_agree(self) -> "DatasetConfig":
+        if self.classes and not self.labels:
+            raise ValueError("classes are of labels: say dataset.labels=true, too")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes names one twice")
         if self.validation_fraction and self.name in WITH_TEST_SET:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; {self.name} validates on its "
@@ -95,7 +120,7 @@ class ModelConfig(Section):
     num_res_blocks: int = Field(2, ge=1)
     """residual blocks a level"""
     attention_resolutions: list[int] = [16]
-    """feature sizes with self-attention"""
+    """feature sizes with self-attention, of the shorter side"""
     dropout: float = Field(0.1, ge=0, lt=1)
     """inside the residual blocks"""
 
@@ -143,6 +168,8 @@ class TrainingConfig(Section):
     """weight of the eps error over t: eps (the paper's) is 1"""
     t_density: Literal["uniform"] = "uniform"
     """how t is drawn: uniform (the paper's)"""
+    label_dropout: float = Field(0.1, ge=0, lt=1)
+    """share of labels left out, which guidance needs"""
     max_skipped_steps: int = free(20, ge=1)
     """steps in a row without a finite gradient that end the run"""
 
@@ -220,6 +247,15 @@ class SamplingConfig(Section):
     """which of the T steps, when fewer: trailing, uniform, quadratic, logsnr"""
 
 
+class GuidanceConfig(Section):
+    """How labels steer sampling."""
+
+    scale: float = free(1.0, ge=0)
+    """1 is the conditional model, 0 the unconditional one; more exaggerates"""
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = free(None)
+    """noise levels between which it guides; null is all"""
+
+
 class Config(Section):
     """One run, whole."""
 
@@ -231,19 +267,21 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
-        size, model = self.dataset.image_size, self.model
+        model = self.model
         levels = len(model.channel_multipliers)
         factor = 2 ** (levels - 1)
-        if size % factor:
-            near = max(factor, round(size / factor) * factor)
-            raise ValueError(
-                f"dataset.image_size {size} cannot be halved {levels - 1} times, as "
-                f"{levels} model.channel_multipliers ask; try {near}, or fewer multipliers"
-            )
-        resolutions = [size // 2**level for level in range(levels)]
+        for side in self.dataset.size:
+            if side % factor:
+                near = max(factor, round(side / factor) * factor)
+                raise ValueError(
+                    f"dataset.image_size {side} cannot be halved {levels - 1} times, as "
+                    f"{levels} model.channel_multipliers ask; try {near}, or fewer multipliers"
+                )
+        resolutions = [min(self.dataset.size) // 2**level for level in range(levels)]
         for resolution in model.attention_resolutions:
             if resolution not in resolutions:
                 raise ValueError(
@@ -276,19 +314,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ValueError: one line a fault: where, value, rule and hint. OSError: it cannot be read.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no file; a config is a YAML file")
-    if not path.exists():
-        there = sorted(str(p) for p in Path("configs").glob("*.yml"))
-        raise FileNotFoundError(f"no config at {path}{did_you_mean(str(path), there)}")
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except Exception as error:  # its constructors raise anything
-        where = " ".join(str(error).split())
-        raise ValueError(f"{path} is not valid YAML: {where}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds no sections (dataset:, model:, training:, ...)")
+    tree = read_yaml(Path(path))
     for override in overrides:
         apply_override(tree, override)
     return check_config(tree, source=str(path))
@@ -296,23 +322,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def apply_override(tree: dict, override: str) -> None:
     """Set `section.key=value` in plain data; ValueError where it is not of that form."""
-    key, equals, text = override.partition("=")
-    section, dot, name = key.strip().partition(".")
-    if not (equals and dot and section and name and "." not in name):
-        raise ValueError(f"{override!r} is not an override; write section.key=value")
-    try:
-        known = fields_of(section).get(name) if section in Config.model_fields else None
-        # folders called 2024-02-03 or `my #1` stand as they are, unless quoted
-        as_it_is = known and known.annotation is str and text[:1] not in "\"'"
-        value = text if as_it_is else parse_yaml(text)
-    except Exception:  # its constructors raise anything
-        raise ValueError(f"{section}.{name}: {reprlib.repr(text)} is not a YAML value") from None
-    values = tree.setdefault(section, {})
-    if values is None:
-        values = tree[section] = {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{override!r}: {section} is not a section")
-    values[name] = value
+    section, name, text = split_override(override)
+    known = fields_of(section).get(name) if section in Config.model_fields else None
+    # folders called 2024-02-03 or `my #1` stand as they are, unless quoted
+    as_it_is = known and known.annotation is str and text[:1] not in "\"'"
+    set_value(tree, section, name, text if as_it_is else yaml_value(text, f"{section}.{name}"))
 
 
 def move_old_keys(tree: dict) -> list[str]:
@@ -339,18 +353,6 @@ def check_config(tree: dict, *, source: str) -> Config:
     except ValidationError as error:
         faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
         raise ValueError(f"{source}:\n{faults}") from None
-
-
-def check_sampling(overrides: Iterable[str]) -> dict[str, Any]:
-    """Return the keys of `sampling` that `sampling.key=value` set; ValueError for any other."""
-    tree: dict[str, dict] = {"sampling": {}}
-    for override in overrides:
-        apply_override(tree, override)
-        if len(tree) > 1:
-            raise ValueError(f"{override}: here only sampling.key=value can be said")
-    run = {"dataset": {"name": "digits", "image_size": 32}, "training": {"max_steps": 1}}
-    check_config(run | {"diffusion": {"timesteps": 10**6}} | tree, source="the command line")
-    return tree["sampling"]
 
 
 def _explain(fault: Any) -> str:

@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from config import Config
 from files import atomic_write, remove_leftovers
 from sources import Progress, Source, find_images, in_threads, open_files, why_unusable
 
@@ -39,7 +40,10 @@ Fit = Literal["crop", "pad"]
 
 
 class Batch(NamedTuple):
-    """Images, uint8 [B, C, H, W], and their labels, [B], where there are any."""
+    """Images, uint8 [B, C, H, W], and their labels, float32 [B, classes], where there are any.
+
+    A row of labels has a 1 for each class of the image.
+    """
 
     images: Tensor
     labels: Tensor | None = None
@@ -49,11 +53,18 @@ class Images(Dataset):
     """Images, indexed by a list of rows so that a batch is one gather.
 
     `source` is uint8 [N, C, H, W], or the .npy file of it (opened lazily, in each process); `rows`
-    are those of the N that count, in order.
+    are those of the N that count, in order. `labels` are of all N: [N], the number of a class, or
+    [N, classes]; `classes` are their names.
     """
 
-    def __init__(self, source: np.ndarray | Path, rows: np.ndarray | None = None):
-        self.source = source
+    def __init__(
+        self,
+        source: np.ndarray | Path,
+        rows: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+        classes: Sequence[str] = (),
+    ):
+        self.source, self.labels, self.classes = source, labels, list(classes)
         self.rows = np.arange(len(self.array)) if rows is None else rows
 
     @property
@@ -72,8 +83,21 @@ class Images(Dataset):
         some = np.linspace(0, len(self) - 1, min(64, len(self))).astype(int).tolist()
         return digest(f"{len(self)} {self.shape}".encode() + self[some].images.numpy().tobytes())
 
+    def of(self, rows: np.ndarray) -> "Images":
+        """Return some of them, in the order of `rows`."""
+        return Images(self.source, self.rows[rows], self.labels, self.classes)
+
+    def labels_of(self, rows: Sequence[int]) -> np.ndarray | None:
+        """Return [B, classes], uint8, with a 1 for each class of an image."""
+        if self.labels is None:
+            return None
+        some = self.labels[self.rows[rows]]
+        return np.eye(len(self.classes), dtype=np.uint8)[some] if some.ndim == 1 else some
+
     def __getitem__(self, rows: list[int]) -> Batch:
-        return Batch(torch.from_numpy(np.asarray(self.array[self.rows[rows]])))
+        labels = self.labels_of(rows)
+        images = torch.from_numpy(np.asarray(self.array[self.rows[rows]]))
+        return Batch(images, None if labels is None else torch.from_numpy(labels).float())
 
 
 @lru_cache
@@ -89,10 +113,10 @@ def digest(content: bytes) -> str:
 class FolderImages:
     """Images of a folder, zip or tar, in the order of their names; read as they are asked for.
 
-    `fit`: (channels, size) to bring them to; None takes them as RGB, all of one size.
+    `fit`: (channels, height, width) to bring them to; None takes them as RGB, all of one size.
     """
 
-    def __init__(self, root: Path, fit: tuple[int, int] | None = None):
+    def __init__(self, root: Path, fit: tuple[int, int, int] | None = None):
         self.root, self.fit, self.source = root, fit, open_files(root)
         self.shape: tuple[int, int, int] = (0, 0, 0)  # (C, H, W)
         self.shape = self._read(0).shape
@@ -110,7 +134,7 @@ class FolderImages:
         try:
             with self.source.open(row) as image:
                 if self.fit:
-                    return fit_image(image, channels=self.fit[0], image_size=self.fit[1])
+                    return fit_image(image, channels=self.fit[0], image_size=self.fit[1:])
                 pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
         except Exception as error:  # a decoder can raise anything on a broken file
             raise ValueError(f"{name}: {why_unusable(error)}") from None
@@ -164,11 +188,13 @@ def load_images(
     *,
     name: str,
     root: str,
-    image_size: int,
+    image_size: int | Sequence[int],
     channels: int,
     fit: Fit,
     validation_fraction: float,
     cache: str,
+    labels: bool,
+    classes: list[str],
     progress: Progress | None = None,
 ) -> dict[str, Images]:
     """Return {"train": ..., "validation": ...}; `validation` may be empty.
@@ -182,11 +208,16 @@ def load_images(
     form = dict(image_size=image_size, channels=channels, fit=fit)
     show = progress or (lambda outcomes, total: outcomes)
     parts = {}
-    for split, found in find_images(name, Path(root)).items():
-        if isinstance(found, np.ndarray):
-            parts[split] = Images(_fit_array(found, form))
+    for split, found in find_images(name, Path(root), labels).items():
+        if found.pixels is not None:
+            parts[split] = Images(_fit_array(found.pixels, form))
         else:
             parts[split] = _decode(found, root, Path(cache), show, form)
+        if labels:
+            names = (
+                parts["train"].classes if split != "train" else find_classes(found, root, classes)
+            )
+            parts[split].labels, parts[split].classes = found.labels, names
     if "validation" in parts:
         return parts
     images = parts["train"]
@@ -194,18 +225,52 @@ def load_images(
     count = round(validation_fraction * len(order))
     if count >= len(order):
         raise ValueError(f"dataset.validation_fraction leaves none of {count} images to train on")
-    rows = {"train": np.sort(order[count:]), "validation": np.sort(order[:count])}
-    return {split: Images(images.source, images.rows[some]) for split, some in rows.items()}
+    return {
+        "train": images.of(np.sort(order[count:])),
+        "validation": images.of(np.sort(order[:count])),
+    }
+
+
+def find_classes(source: Source, root: str, known: Sequence[str] = ()) -> list[str]:
+    """Return the names of a training set's classes; numbers where it has none, and none are known.
+
+    Raises:
+        ValueError: it has no labels, others than are known, or a class without images.
+    """
+    place, labels = f"{root} (dataset.root)", source.labels
+    if labels is None:
+        raise ValueError(f"dataset.labels: {place} has no labels; {source.why_unlabelled}")
+    held = np.bincount(labels) if labels.ndim == 1 else labels.sum(0)
+    names = list(source.classes or known or map(str, range(len(held))))
+    if known and names != list(known):
+        raise ValueError(f"dataset.classes are {list(known)}, and {place} has {names}")
+    if len(held) > len(names):
+        raise ValueError(f"{place} has {len(held)} classes, and these are named: {names}")
+    for number, name in enumerate(names):
+        if number >= len(held) or not held[number]:
+            raise ValueError(f"class {name!r} of {place} has no images")
+    return names
+
+
+def with_classes(config: Config) -> Config:
+    """Return a config with the classes of its data, where it wants labels."""
+    data = config.dataset
+    if not data.labels:
+        return config
+    source = find_images(data.name, Path(data.root), labels=True)["train"]
+    classes = find_classes(source, data.root, data.classes)
+    return config.model_copy(update={"dataset": data.model_copy(update={"classes": classes})})
 
 
 def fit_image(
-    image: Image.Image, *, image_size: int, channels: int, fit: Fit = "crop"
+    image: Image.Image, *, image_size: int | Sequence[int], channels: int, fit: Fit = "crop"
 ) -> np.ndarray:
-    """Return one image as uint8 [C, S, S]: upright, whole range, antialiased, never stretched.
+    """Return one image as uint8 [C, H, W]: upright, whole range, antialiased, never stretched.
 
     Args:
-        fit: `crop` keeps the largest square about the centre; `pad` keeps all, on black
-            (with alpha: on nothing).
+        image_size: of a square, or (height, width).
+        fit: `crop` keeps the largest part of that aspect about the centre; `pad` keeps all, on
+            black (with alpha: on nothing).
         channels: 1 gray, 3 RGB, 2 and 4 the same with alpha; without it, transparency is white.
     """
     image = ImageOps.exif_transpose(image)
@@ -221,16 +286,23 @@ def fit_image(
     elif channels in (2, 4) and image.mode not in ("1", "L"):
         image = image.convert("RGB")  # from here there is a way to each of them
     image = image.convert({1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels])
-    if image.size != (image_size, image_size):
+    height, width = height_width(image_size)
+    if image.size != (width, height):
         resize = ImageOps.pad if fit == "pad" else ImageOps.fit
-        image = resize(image, (image_size, image_size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image).reshape(image_size, image_size, channels)
+        image = resize(image, (width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) of the config's image_size."""
+    sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+    return sides[0], sides[1]
+
+
 def _fit_array(images: np.ndarray, form: dict) -> np.ndarray:
-    """Bring uint8 [N, H, W, C] to [N, channels, image_size, image_size]."""
-    if images.shape[1:] == (form["image_size"], form["image_size"], form["channels"]):
+    """Bring uint8 [N, H, W, C] to [N, channels, H', W'] of the form."""
+    if images.shape[1:] == (*height_width(form["image_size"]), form["channels"]):
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return np.stack([fit_image(Image.fromarray(i.squeeze()), **form) for i in images])
 
@@ -238,14 +310,14 @@ def _fit_array(images: np.ndarray, form: dict) -> np.ndarray:
 def _decode(source: Source, root: str, cache: Path, show: Progress, form: dict) -> Images:
     """Decode all images of a source once into `cache`, and map them into memory."""
     size, channels, fit = form.values()
-    count = len(source.names)
+    count, (height, width) = len(source.names), height_width(size)
     # the first word names a way of decoding, not a function: caches are found by it
     recipe = ["1: fit_picture", *source.identity, size, channels, *([fit] if fit != "crop" else [])]
-    array_file = cache / f"{digest(json.dumps(recipe).encode())}-{size}x{size}x{channels}.npy"
+    array_file = cache / f"{digest(json.dumps(recipe).encode())}-{height}x{width}x{channels}.npy"
     skipped_file = array_file.with_suffix(".json")  # written last: where it is, all is
     skipped = None
     with suppress(OSError, ValueError, EOFError):  # one of them is not there or not whole
-        if np.load(array_file, mmap_mode="r").shape == (count, channels, size, size):
+        if np.load(array_file, mmap_mode="r").shape == (count, channels, height, width):
             skipped = json.loads(skipped_file.read_text())
     if not isinstance(skipped, dict):
         remove_leftovers(cache)
@@ -269,8 +341,9 @@ def _decode_into(file: Path, source: Source, show: Progress, form: dict) -> dict
 
     The memory map is closed when this returns: Windows renames no file that is mapped.
     """
-    count, size = len(source.names), form["image_size"]
-    array = np.lib.format.open_memmap(file, "w+", np.uint8, (count, form["channels"], size, size))
+    count, (height, width) = len(source.names), height_width(form["image_size"])
+    shape = count, form["channels"], height, width
+    array = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
     if hasattr(os, "posix_fallocate"):  # a full disk is said now, not by a dead process
         with file.open("r+b") as opened:
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
@@ -278,7 +351,7 @@ def _decode_into(file: Path, source: Source, show: Progress, form: dict) -> dict
     def decode(row: int) -> tuple[str, str] | None:
         try:
             with source.open(row) as image:
-                if min(image.size) * 8 < size:
+                if image.width * 8 < width or image.height * 8 < height:
                     raise ValueError(f"too small: {image.width}x{image.height} pixels")
                 array[row] = fit_image(image, **form)
         except Exception as error:  # a decoder can raise anything on a broken file

@@ -38,14 +38,15 @@ Examples:
 """
 
 Kind = Literal["progressive", "interpolation", "neighbours", "rate-distortion", "chain", "schedule"]
-SAMPLING = tuple(SamplingConfig.model_fields)
+STEERING = "class_label", "guidance_scale", "guidance_interval", "guide"
+SAMPLING = (*SamplingConfig.model_fields, *STEERING)
 TAKES = {  # options that not all kinds take
     "progressive": ("num_images", *SAMPLING),
     "interpolation": ("num_images", "t", "image", *SAMPLING),
     "neighbours": ("num_images", "extractor", *SAMPLING),
     "rate-distortion": ("num_images", "variance"),
     "chain": ("num_images", *SAMPLING),
-    "schedule": SAMPLING,
+    "schedule": tuple(SamplingConfig.model_fields),
 }
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -96,18 +97,25 @@ def figures(
     try:
         path = check_request(kind, asked | sampling, output)
         place = usable_device(device)
-        from generation import sampling_recipe
+        from generation import Sampling
         from plotting import STUDIES, Study
         from weights import load_model
 
         if kind == "rate-distortion":  # the bound is that of ddpm over all T
             sampling |= {"sampler": "ddpm", "timesteps": None}
         model = load_model(checkpoint, weights).to(place)
-        steps, recipe = sampling_recipe(
-            model, sampling, source=str(checkpoint), precision="float32"
+        guide = sampling.get("guide")
+        plan = Sampling(
+            model,
+            sampling,
+            source=str(checkpoint),
+            precision="float32",
+            guide=load_model(guide, weights).to(place) if guide else None,
         )
-        recipe |= {"kind": kind, "seed": seed, **asked}
-        study = Study(model, steps, recipe, bar, seed=seed, batch_size=batch_size, **asked)
+        if len(plan.labels) > 1:
+            raise ValueError("a figure is of one --class-label")
+        recipe = plan.recipe(plan.labels[0]) | {"kind": kind, "seed": seed, **asked}
+        study = Study(plan, recipe, bar, seed=seed, batch_size=batch_size, **asked)
         STUDIES[kind](study, path)
     except KeyboardInterrupt:
         console.print("stopped; nothing was written")

@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import re
+import reprlib
 import shutil
 import time
 import uuid
@@ -156,6 +157,54 @@ _Loader.construct_mapping = _no_duplicate_keys  # type: ignore
 def parse_yaml(text: str) -> Any:
     """Return plain data."""
     return yaml.load(text, _Loader)  # safe: _Loader is yaml.SafeLoader with better floats
+
+
+def read_yaml(path: Path) -> dict:
+    """Return a config's sections.
+
+    Raises:
+        ValueError: it is none. OSError: it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file; a config is a YAML file")
+    if not path.exists():
+        there = sorted(str(p) for p in Path("configs").glob("*.yml"))
+        raise FileNotFoundError(f"no config at {path}{did_you_mean(str(path), there)}")
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except Exception as error:  # its constructors raise anything
+        where = " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid YAML: {where}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no sections (dataset:, model:, training:, ...)")
+    return tree
+
+
+def split_override(override: str) -> tuple[str, str, str]:
+    """Return section, key and text of `section.key=text`; ValueError where it is not so."""
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name and "." not in name):
+        raise ValueError(f"{override!r} is not an override; write section.key=value")
+    return section, name, text
+
+
+def yaml_value(text: str, where: str) -> Any:
+    """Return the value of a YAML scalar or list; ValueError names `where` it was given."""
+    try:
+        return parse_yaml(text)
+    except Exception:  # its constructors raise anything
+        raise ValueError(f"{where}: {reprlib.repr(text)} is not a YAML value") from None
+
+
+def set_value(tree: dict, section: str, name: str, value: Any) -> None:
+    """Set a key of a section in plain data; ValueError where the section is none."""
+    values = tree.setdefault(section, {})
+    if values is None:
+        values = tree[section] = {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{section}.{name}={value}: {section} is not a section")
+    values[name] = value
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

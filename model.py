@@ -1,4 +1,4 @@
-"""The attention U-Net of Ho et al. 2020 (appendix B): (x_t, t) -> F, eps_hat in the paper.
+"""The attention U-Net of Ho et al. 2020 (appendix B): (x_t, t, labels) -> F, eps_hat in the paper.
 
 Layer names and shapes are those of the official code, so that its weights fit as they are:
 `down.i.block.b.conv1` here is `down_i/block_b/conv1` there. `i` is the level, 0 the finest, also
@@ -7,10 +7,6 @@ in `up`.
 
 import copy
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import GroupNorm
+from kernels import exact_float32 as exact_float32
+from kernels import has_bf16 as has_bf16
 
 if TYPE_CHECKING:
     from config import Config
 
 
 class Network(nn.Module):
-    """What the rest of the code asks of a network: (x_t, t) -> F, in two parts.
+    """What the rest of the code asks of a network: (x_t, t, labels) -> F, in two parts.
 
     `embed` is what does not depend on x, so that sampling runs it once for all its steps.
 
@@ -38,21 +36,24 @@ class Network(nn.Module):
     size_multiple = 1
     recompute = False
 
-    def embed(self, t: Tensor) -> Tensor:
-        """Return the conditioning of t [B], 0-based: [B, any]."""
+    def embed(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the conditioning [B, any] of t [B] or [1], 0-based, and labels [B or 1, classes].
+
+        A row of labels has a 1 for each class of an image; zeros, and None, say nothing about it.
+        """
         raise NotImplementedError
 
     def predict(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Return F [B, C, H, W] in float32; x: [B, C, H, W], embedding: of B rows, or of one."""
+        """Return F [B, C, H, W] in float32; embedding: [B, any], or [any] for all of B."""
         raise NotImplementedError
 
     def features(self, x: Tensor, t: Tensor) -> Tensor:
         """Return [B, D], what the network knows of each image; for nearest neighbours."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return F [B, C, H, W], the prediction; x: x_t, [B, C, H, W]; t: [B], or [1] for all."""
-        return self.predict(x, self.embed(t))
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return F [B, C, H, W], the prediction; x: x_t, [B, C, H, W]; t, labels as in `embed`."""
+        return self.predict(x, self.embed(t, labels))
 
 
 def build_network(config: "Config", device: str = "cpu") -> Network:
@@ -60,10 +61,14 @@ def build_network(config: "Config", device: str = "cpu") -> Network:
 
     Every part of the code builds networks here.
     """
-    dataset = config.dataset
+    data = config.dataset
     with torch.device(device):
         return UNet(
-            image_size=dataset.image_size, channels=dataset.channels, **config.model.model_dump()
+            image_size=min(data.size),
+            channels=data.channels,
+            classes=len(data.classes),
+            null_label=config.training.label_dropout > 0,
+            **config.model.model_dump(),
         )
 
 
@@ -71,8 +76,10 @@ class UNet(Network):
     """The attention U-Net.
 
     Args:
-        image_size: height and width of the images; halved once for each multiplier but the first.
+        image_size: the images' shorter side; halved once for each multiplier but the first.
         channels: of the images, 1 to 4.
+        classes: how many labels choose from; 0 is the paper's network, without.
+        null_label: learn what no label means, too.
         base_channels: width before the multipliers, and of the sinusoidal time embedding.
         channel_multipliers: width of each level, finest first, in units of `base_channels`.
         num_res_blocks: residual blocks at each level of the encoder; the decoder has one more.
@@ -86,6 +93,8 @@ class UNet(Network):
         *,
         image_size: int,
         channels: int,
+        classes: int,
+        null_label: bool,
         base_channels: int,
         channel_multipliers: list[int],
         num_res_blocks: int,
@@ -96,7 +105,7 @@ class UNet(Network):
         levels = len(channel_multipliers)
         self.size_multiple = 2 ** (levels - 1)
         sizes = [image_size // 2**level for level in range(levels)]  # the config has checked them
-        self.channels = channels
+        self.channels, self.classes, self.null_label = channels, classes, null_label
         self.base_channels = base_channels
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         temb_width = 4 * base_channels
@@ -151,6 +160,8 @@ class UNet(Network):
         self.norm_out = GroupNorm(groups, width)
         self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
         self._initialise()
+        if classes:  # last, so that the rest begins as it does without
+            self.temb.label = nn.Embedding(classes + null_label, temb_width)
 
     def _initialise(self) -> None:
         """Set Xavier uniform weights, zero biases; gain 1e-5 where the official code has scale 0.
@@ -164,18 +175,32 @@ class UNet(Network):
                 nn.init.xavier_uniform_(layer.weight, gain=1e-5 if silent else 1.0)
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
-    def embed(self, t: Tensor) -> Tensor:
-        """Return [B, 4 base_channels] of t [B], after the swish that every block would apply."""
+    def embed(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return [B, 4 base_channels], after the swish that every block would apply.
+
+        The label joins before it, as in diffusers and the code of Nichol & Dhariwal 2021.
+        """
         first, second = self.temb.dense
         temb = timestep_embedding(t, self.base_channels).to(first.weight.dtype)
-        return F.silu(second(F.silu(first(temb))))
+        temb = second(F.silu(first(temb)))
+        return F.silu(temb + self._embed_labels(labels, temb) if self.classes else temb)
+
+    def _embed_labels(self, labels: Tensor | None, like: Tensor) -> Tensor:
+        if labels is None:
+            labels = like.new_zeros(1, self.classes)
+        if labels.ndim != 2 or labels.shape[1] != self.classes:
+            raise ValueError(f"labels are {list(labels.shape)}; here they are [B, {self.classes}]")
+        none = 1 - labels.amax(1, keepdim=True)
+        if self.null_label:
+            labels = torch.cat([labels, none], dim=1)
+        return labels.to(like) @ self.temb.label.weight
 
     def predict(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return F [B, C, H, W], in float32 also under autocast.
 
         Args:
             x: x_t, [B, C, H, W]; H and W multiples of 2^(levels - 1).
-            embedding: what `embed` made of t, of B rows; or of one for all, which is cheaper.
+            embedding: what `embed` made, [B, width]; or one row for all, [width], which is cheaper.
         """
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x is {list(x.shape)}; the network takes [B, {self.channels}, H, W]")
@@ -242,11 +267,10 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """Return [B, c_out, H, W]; x: [B, c_in, H, W]; temb: [B or 1, temb_width]."""
+        """Return [B, c_out, H, W]; x: [B, c_in, H, W]; temb: [B, temb_width] or [temb_width]."""
         h, time = self.norm1(x), self.temb_proj(temb)
-        # the same for all: a part of the bias, and one pass over h less
-        if not torch.compiler.is_exporting() and len(time) == 1:
-            h = F.conv2d(h, self.conv1.weight, self.conv1.bias + time[0], padding=1)
+        if time.ndim == 1:  # the same for all: a part of the bias, and one pass over h less
+            h = F.conv2d(h, self.conv1.weight, self.conv1.bias + time, padding=1)
         else:
             h = self.conv1(h) + time[:, :, None, None]
         h = self.conv2(self.dropout(self.norm2(h)))
@@ -357,8 +381,8 @@ class InBfloat16(Network):
         self.rounded = copy.deepcopy(network).eval().to(torch.bfloat16)
         self.rounded._compiled_call_impl = None  # of training
 
-    def embed(self, t: Tensor) -> Tensor:
-        return self.exact.embed(t)
+    def embed(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.exact.embed(t, labels)
 
     def predict(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.rounded.predict(x, embedding)
@@ -369,31 +393,5 @@ class InBfloat16(Network):
 
 def at_precision(network: Network, precision: str) -> Network:
     """Return the network itself for "float32", and a copy of it for "bfloat16"."""
-    return InBfloat16(network) if precision == "bfloat16" else network
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Tell whether the hardware multiplies bfloat16; the variable DDPM_BF16, 0 or 1, overrides."""
-    forced = os.environ.get("DDPM_BF16")
-    if forced in ("0", "1"):
-        return forced == "1"
-    return _multiplies_bf16(device)
-
-
-@cache  # a training step asks
-def _multiplies_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Keep TF32, whose mantissa has 10 bits, out of what is float32 on CUDA."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)  # of training
+    exact = precision != "bfloat16" or isinstance(network, InBfloat16)
+    return network if exact else InBfloat16(network)

@@ -9,7 +9,8 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -25,7 +26,6 @@ from diffusion_utils import (
     CELLS,
     LOSS_WEIGHTS,
     T_DENSITIES,
-    Denoiser,
     GaussianDiffusion,
     cell_edges,
     from_uint8,
@@ -117,18 +117,22 @@ class DDPM(pl.LightningModule):
         rate, warmup = self.config.training.learning_rate, self.config.training.warmup_steps
         return rate * min(1.0, step / warmup) if warmup else rate
 
-    def draw(self, stream: int, index: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw t [count], eps [count, C, H, W] and coin tosses [count] of one whole batch."""
+    def draw(self, stream: int, index: int, count: int) -> tuple[Tensor, ...]:
+        """Draw t, eps [count, C, H, W], who is mirrored and who keeps its label, [count] each.
+
+        They are those of one whole batch.
+        """
         generator = torch.Generator(self.device)
         generator.manual_seed(seed_of(self.config.training.seed, stream, index))
         data, T = self.config.dataset, self.diffusion.timesteps
         t = torch.randint(T, (count,), generator=generator, device=self.device)
         coin = torch.rand(count, generator=generator, device=self.device)
-        shape = (count, data.channels, data.image_size, data.image_size)
-        eps = torch.randn(shape, generator=generator, device=self.device)
+        eps = torch.randn((count, *data.shape), generator=generator, device=self.device)
+        kept = torch.rand(count, generator=generator, device=self.device)
         # the coin's side decides the flip, what lies below it where in the step's cells t falls
         cell = t * CELLS + ((2 * coin) % 1 * CELLS).long()
-        return torch.searchsorted(self.t_edges, cell, right=True), eps, coin < 0.5
+        t = torch.searchsorted(self.t_edges, cell, right=True)
+        return t, eps, coin < 0.5, kept >= self.config.training.label_dropout
 
     def training_step(self, batch: Batch, _: int) -> None:
         """Make one update from this rank's share of the global batch."""
@@ -158,14 +162,16 @@ class DDPM(pl.LightningModule):
         """Make Algorithm 1's update on one batch; nothing waits for the device.
 
         Args:
-            batch: this rank's share, uint8 [B / ranks, C, H, W].
+            batch: this rank's share; images uint8 [B / ranks, C, H, W].
             backward: a loss's gradients. alone: a context in which it does not meet other ranks.
             update: `optimizer.step`, where a driver has wrapped it.
         """
         config, count = self.config.training, len(batch.images)
         share = slice(rank * count, (rank + 1) * count)
-        t, eps, heads = (draw[share] for draw in self.draw(TRAIN, step, config.batch_size))
+        draws = self.draw(TRAIN, step, config.batch_size)
+        t, eps, heads, kept = (draw[share] for draw in draws)
         x_0 = from_uint8(batch.images)
+        labels = None if batch.labels is None else batch.labels * kept[:, None]
         if self.config.dataset.random_flip:
             x_0 = torch.where(heads[:, None, None, None], x_0.flip(-1), x_0)
 
@@ -175,8 +181,11 @@ class DDPM(pl.LightningModule):
             seed_device(self.device, seed_of(config.seed, DROPOUT, step, rank, i))
             rows = slice(i, i + micro)
             with nullcontext() if i + micro >= count else alone():
+                network = partial(
+                    self.train_network, labels=None if labels is None else labels[rows]
+                )
                 losses = self.diffusion.loss(
-                    self.train_network, x_0[rows], t[rows], eps[rows], self.loss_weight
+                    network, x_0[rows], t[rows], eps[rows], self.loss_weight
                 )
                 loss = losses.sum() / count
                 # a loss that is not finite makes every gradient so, and by that reaches every rank
@@ -203,30 +212,34 @@ class DDPM(pl.LightningModule):
         loss, norm = torch.where(fine, mean_loss, 0.0), torch.where(fine, norm, 0.0)
         self.tally += torch.stack([loss, norm, 1 - skip, skip])
 
-    def train_network(self, x: Tensor, t: Tensor) -> Tensor:
+    def train_network(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the prediction of the weights that train, in the precision of training."""
         bf16 = self.precision == "bfloat16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            return self.unet(x, t)
+            return self.unet(x, t, labels)
 
     # ---- validation: the same t and noise every time, on the EMA, in float32
 
     def on_validation_epoch_start(self) -> None:
         self._quarters = torch.zeros(2, 4, device=self.device)  # sums and counts by quarter of t
 
-    def validation_losses(self, images: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def validation_losses(self, batch: Batch, t: Tensor, eps: Tensor) -> Tensor:
         """Return the EMA's error of eps of each image, [B]; images: uint8 [B, C, H, W]."""
-        micro = self.micro or self.config.training.batch_size
-        parts = zip(from_uint8(images).split(micro), t.split(micro), eps.split(micro), strict=True)
+        micro, losses = self.micro or self.config.training.batch_size, []
         with exact_float32():
-            return torch.cat([self.diffusion.loss(self.ema, *part) for part in parts])
+            for i in range(0, len(t), micro):
+                rows = slice(i, i + micro)
+                labels = None if batch.labels is None else batch.labels[rows]
+                x_0, network = from_uint8(batch.images[rows]), partial(self.ema, labels=labels)
+                losses.append(self.diffusion.loss(network, x_0, t[rows], eps[rows]))
+        return torch.cat(losses)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         count, ranks = len(batch.images), self.trainer.world_size
         if not count:  # a rank with no share
             return
-        t, eps, _ = self.draw(VALIDATE, batch_idx * ranks + self.global_rank, count)
-        losses = self.validation_losses(batch.images, t, eps)
+        t, eps, *_ = self.draw(VALIDATE, batch_idx * ranks + self.global_rank, count)
+        losses = self.validation_losses(batch, t, eps)
         quarter = t * 4 // self.diffusion.timesteps
         self._quarters.index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
 
@@ -248,23 +261,29 @@ def skips_on_device(device: torch.device) -> bool:
 
 
 def quick_images(
-    module: DDPM, network: Network, seeds: list[int], batch_size: int = 64
+    module: DDPM,
+    network: Network,
+    seeds: list[int],
+    batch_size: int = 64,
+    label: Tensor | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield (seeds, images) as previews and evaluations while training draw them."""
-    data, steps = module.config.dataset, quick_steps(module.diffusion)
-    denoiser: Denoiser = make_denoiser(
-        at_precision(network, module.precision), module.diffusion, times=[step.t for step in steps]
+    steps = quick_steps(module.diffusion)
+    denoiser = make_denoiser(
+        at_precision(network, module.precision),
+        module.diffusion,
+        times=[step.t for step in steps],
+        label=label,
     )
-    shape = (data.channels, data.image_size, data.image_size)
-    return generate(
-        denoiser, steps, seeds, shape=shape, device=module.device, batch_size=batch_size
-    )
+    where: dict[str, Any] = {"shape": module.config.dataset.shape, "device": module.device}
+    return generate(denoiser, steps, seeds, batch_size=batch_size, **where)
 
 
 class Previews(pl.Callback):
     """Logs a grid of images from fixed seeds by 20 steps of DPM-Solver++, under one tag.
 
-    While the EMA still remembers the initial weights, the raw weights' grid stands beside it.
+    With labels it has a row for each of up to 16 classes, all from the same seeds. While the EMA
+    still remembers the initial weights, the raw weights' grid stands beside it.
     """
 
     def __init__(self, config: Config):
@@ -280,8 +299,7 @@ class Previews(pl.Callback):
         module.eval()
         for weights in preview_weights(self.config, step):
             network = module.ema if weights == "ema" else module.unet
-            seeds = list(range(self.config.logging.preview_images))
-            grid = image_grid(torch.cat([x for _, x in quick_images(module, network, seeds)]))
+            grid = preview_grid(module, network, self.config.logging.preview_images)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     with explained(logger.log_dir, kept=False):
@@ -289,6 +307,17 @@ class Previews(pl.Callback):
                 if isinstance(logger, WandbLogger):
                     logger.log_image(f"samples/{weights}", [grid.permute(1, 2, 0).numpy()], step)
         module.train()
+
+
+def preview_grid(module: DDPM, network: Network, count: int) -> Tensor:
+    """Return uint8 [3, H, W] of so many images; of at least two for each class that is shown."""
+    classes = len(module.config.dataset.classes)
+    shown = np.linspace(0, classes - 1, min(classes, 16)).round().astype(int)
+    labels = torch.eye(classes)[shown] if classes else [None]
+    columns = max(2, count // len(labels)) if classes else count
+    seeds, network = list(range(columns)), at_precision(network, module.precision)
+    images = [x for label in labels for _, x in quick_images(module, network, seeds, label=label)]
+    return image_grid(torch.cat(images), columns if classes else None)
 
 
 def preview_weights(config: Config, step: int) -> tuple[str, ...]:

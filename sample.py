@@ -19,6 +19,7 @@ from cli import (
     Weights,
     fail,
     parse_seeds,
+    parse_size,
     plain_console,
     run_names,
     sampling_options,
@@ -27,8 +28,7 @@ from cli import (
 )
 
 if TYPE_CHECKING:
-    from diffusion_utils import Step
-    from weights import Model
+    from generation import Sampling
 
 HELP = """
 Generate images with a trained model.
@@ -67,7 +67,10 @@ def sample(
     num_images: Annotated[int, typer.Option(min=1, max=10_000_000, help="Number of images.")] = 8,
     device: Device = "auto",
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Another size than in training: at your own risk.")
+        str | None,
+        typer.Option(
+            metavar="N|HxW", help="Another size than in training, 64 or 96x64: at your own risk."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
     output_dir: Annotated[
@@ -95,44 +98,72 @@ def sample(
     console, folder = plain_console(), output_dir
     try:
         chosen = list(range(seed, seed + num_images)) if seeds is None else parse_seeds(seeds)
+        size = parse_size(image_size) if image_size else None
         source = which_model(checkpoint, run_name)
         device = usable_device(device)
         import torch
 
-        from generation import resolve_precision, sampling_recipe
-        from generation.folder import free_folder, missing_seeds
+        from generation import Sampling, resolve_precision
+        from generation.folder import free_folder, missing_images
+        from generation.recipe import folder_name
         from weights import load_model
 
         model = load_model(source, weights).to(device)
+        guide = sampling.get("guide")
         numbers = resolve_precision(model.config, torch.device(device), precision)
-        steps, recipe = sampling_recipe(
-            model, sampling, source=str(source), precision=numbers, image_size=image_size
+        plan = Sampling(
+            model,
+            sampling,
+            source=str(source),
+            precision=numbers,
+            size=size,
+            guide=load_model(guide, weights).to(device) if guide else None,
         )
         if format == "jpg" and model.shape[0] in (2, 4):
             raise ValueError("--format jpg knows no transparency, which these images have; png")
+        several = len(plan.labels) > 1
+        rows = {folder_name(str(label)) if several else "": label for label in plan.labels}
+        recipes = {name: plan.recipe(label) for name, label in rows.items()}
         if folder:
-            missing = missing_seeds(folder, chosen, recipe)
+            missing = missing_images(folder, chosen, recipes)
         else:
-            folder, missing = free_folder("samples", chosen, recipe)
+            folder, missing = free_folder("samples", chosen, recipes)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
         raise typer.Exit(fail(error)) from None
     for note in model.notes:
         console.print(f"assumed: {note}")
+    what = ""
+    if plan.labels != [None]:
+        shown = [str(label) for label in plan.labels]
+        what = f", {', '.join(shown[:8])}{f' and {len(shown) - 8} more' * (len(shown) > 8)}"
+    elif classes := model.config.dataset.classes:
+        known = ", ".join(classes[:8]) + ", ..." * (len(classes) > 8)
+        console.print(f"without labels; --class-label all, or one of: {known}")
+    scale = plan.guidance.scale
     console.print(
-        f"{source} (step {model.step:,}, {model.weights} weights): {recipe['sampler']}, "
-        f"{len(steps)} steps, on {device} in {numbers}"
+        f"{source} (step {model.step:,}, {model.weights} weights){what}: {plan.facts['sampler']}, "
+        f"{len(plan.steps)} steps{f', guidance {scale:g}' * (scale != 1)}, on {device} in {numbers}"
     )
     copies = Copies(grid, upscale, format, gif)
+    jobs = [Job(label, folder / name, missing[name]) for name, label in rows.items()]
     try:
-        write_images(model, steps, chosen, missing, batch_size, folder, recipe, copies, console)
+        write_images(plan, jobs, chosen, batch_size, folder, copies, console)
     except KeyboardInterrupt:
         console.print(f"stopped; what is finished is in {folder}, the same command continues")
         raise typer.Exit(130) from None
     except Exception as error:
         fail(error)
         raise typer.Exit(1) from None
+
+
+class Job(NamedTuple):
+    """Images of one label, and where they go."""
+
+    label: str | None
+    folder: Path
+    missing: list[int]  # seeds
 
 
 class Copies(NamedTuple):
@@ -145,56 +176,54 @@ class Copies(NamedTuple):
 
 
 def write_images(
-    model: "Model",
-    steps: "list[Step]",
+    plan: "Sampling",
+    jobs: list[Job],
     chosen: list[int],
-    missing: list[int],
     batch_size: int,
     folder: Path,
-    recipe: dict[str, Any],
     copies: Copies,
     console: Console,
 ) -> None:
     """Generate the missing images, write NNNNNN.png of each, and the copies of all."""
-    from generation import chain, generate, images, make_denoiser, pays_to_compile
-    from model import at_precision
+    import torch
 
-    calls = -(-len(missing) // batch_size) * len(steps)
-    denoiser = make_denoiser(
-        at_precision(model.network, recipe["precision"]),
-        model.diffusion,
-        times=[step.t for step in steps],
-        compiled=pays_to_compile(model.config, model.device, calls),
-    )
-    size = recipe["image_size"]
-    where: dict[str, Any] = dict(shape=(model.shape[0], size, size), device=model.device)
+    from generation import chain, generate, images
+
+    where: dict[str, Any] = dict(shape=plan.shape, device=plan.model.device)
     columns = TextColumn("{task.completed:.0f}/{task.total} images"), BarColumn()
-    hidden = not console.is_terminal
+    hidden, lacking = not console.is_terminal, sum(len(job.missing) for job in jobs)
+    batches = sum(-(-len(job.missing) // batch_size) for job in jobs)
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as bar:
-        where["advance"] = partial(bar.advance, bar.add_task("", total=len(missing)))
-        for seeds, batch in generate(denoiser, steps, missing, batch_size=batch_size, **where):
-            for seed, pixels in zip(seeds, batch, strict=True):
-                images.write_png(images.image_file(folder, seed), pixels, recipe | {"seed": seed})
-    kept = len(chosen) - len(missing)
+        advance = partial(bar.advance, bar.add_task("", total=lacking))
+        for label, place, missing in jobs:
+            how: dict[str, Any] = where | {"batch_size": batch_size, "advance": advance}
+            denoiser = plan.denoiser(label, batches=batches) if missing else None
+            for seeds, batch in generate(denoiser, plan.steps, missing, **how) if denoiser else ():
+                for seed, pixels in zip(seeds, batch, strict=True):
+                    recipe = plan.recipe(label) | {"seed": seed}
+                    images.write_png(images.image_file(place, seed), pixels, recipe)
+    kept = len(chosen) * len(jobs) - lacking
     console.print(
-        f"{len(missing)} images written to {folder}"
-        + (f", {kept} were there already" if kept else "")
+        f"{lacking} images written to {folder}" + (f", {kept} were there already" if kept else "")
     )
     if copies.grid:
-        grid = images.image_grid(images.read_images(folder, chosen[:400]))
-        images.write_png(folder / "grid.png", grid)
+        width = 400 if len(jobs) == 1 else min(20, max(1, 400 // len(jobs)))
+        shown = torch.cat([images.read_images(job.folder, chosen[:width]) for job in jobs])
+        row = None if len(jobs) == 1 else min(width, len(chosen))
+        images.write_png(folder / "grid.png", images.image_grid(shown, row))
         console.print(f"all together: {folder / 'grid.png'}")
-    if copies.upscale:
-        there = images.read_images(folder, chosen)
-        path = images.write_enlarged(folder, chosen, there, copies.upscale)
-        console.print(f"also: {path}")
-    if copies.format != "png":
-        write = {"jpg": images.write_jpgs, "npz": images.write_npz}[copies.format]
-        console.print(f"also: {write(folder, chosen, images.read_images(folder, chosen))}")
-    if copies.gif:
-        del where["advance"]
-        states = chain(denoiser, steps, chosen[:36], **where)
-        console.print(f"also: {images.write_gif(states, len(steps), folder / 'chain.gif')}")
+    for label, place, _ in jobs:
+        if copies.upscale:
+            there = images.read_images(place, chosen)
+            path = images.write_enlarged(place, chosen, there, copies.upscale)
+            console.print(f"also: {path}")
+        if copies.format != "png":
+            write = {"jpg": images.write_jpgs, "npz": images.write_npz}[copies.format]
+            console.print(f"also: {write(place, chosen, images.read_images(place, chosen))}")
+        if copies.gif:
+            states = chain(plan.denoiser(label), plan.steps, chosen[:36], **where)
+            path = images.write_gif(states, len(plan.steps), place / "chain.gif")
+            console.print(f"also: {path}")
 
 
 if __name__ == "__main__":

@@ -85,11 +85,12 @@ def train(
             if run_name or continue_training or checkpoint_path:
                 raise ValueError("--dry-run measures a run from its start: give no other options")
             quiet_libraries()
+            from dataset import with_classes
             from training.dry_run import measure
 
             if is_main_process():
                 with console.status("measuring a few steps"):
-                    rows = measure(config, dollars_per_hour)
+                    rows = measure(with_classes(config), dollars_per_hour)
                 for name, text in rows.items():
                     console.print(f"{name}: {text}")
         else:
@@ -120,12 +121,13 @@ def train(
 
 def fit(config: Config, start: "Start", console: Console) -> int:
     """Train, and say how it ended; return the exit code."""
+    from dataset import with_classes
     from evaluation.callback import Evaluation
     from pl_utils import DDPM
     from training import Checkpoints, ImageData, Interrupted, build_trainer
     from training.runs import check_continuation
 
-    run = start.run
+    run, config = start.run, with_classes(config)
     if start.checkpoint and not check_continuation(config, *start.checkpoint, console.print):
         return 0
     goes_on = (

@@ -14,7 +14,7 @@ from dataset import FolderImages, Images, sides
 from evaluation.extractor import Extractor, load_extractor
 from evaluation.likelihood import bound_times
 from evaluation.metrics import Statistics, Tally, load_statistics, spread
-from generation import resolve_precision, sampling_recipe
+from generation import Sampling, resolve_precision
 from training.datamodule import open_images
 from weights import Model, load_model
 
@@ -119,10 +119,13 @@ class Plan:
             self.model = load_model(source, options.weights)
             self.config, self.shape = self.model.config, self.model.shape
             device = torch.device(options.device)
-            self.steps, self.drawing = sampling_recipe(
+            guide = options.sampling.get("guide")
+            self.sampling = Sampling(
                 self.model, options.sampling, source=str(source),
                 precision=resolve_precision(self.config, device, options.precision),
+                guide=load_model(guide, options.weights).to(device) if guide else None,
             )  # fmt: skip
+            self.steps, self.drawing = self.sampling.steps, self.sampling.recipe()
             for note in self.model.notes:
                 self.console.print(f"assumed: {note}")
             self.recipe |= {k: v for k, v in self.drawing.items() if k != "checkpoint"}
@@ -181,7 +184,7 @@ class Plan:
         elif path.suffix in YAML:
             real = self._load(load_config(path))["train"]
         else:
-            real = FolderImages(path, self.shape[:2] if self.config else None)
+            real = FolderImages(path, self.shape if self.config else None)
         if isinstance(real, Statistics):
             there, digest = real.count or self.count, real.digest()
         elif not len(real):
@@ -236,7 +239,7 @@ class Plan:
     def papers(self) -> dict[str, str]:
         """Return {metric: the paper's number} for this dataset."""
         data = self.config.dataset if self.config else None
-        numbers = PAPER.get((data.name, data.image_size), {}) if data else {}
+        numbers = PAPER.get((data.name, min(data.size)), {}) if data else {}
         bits = "IS" in numbers and "nll" in self.metrics  # CIFAR-10
         return numbers | (PAPER_BITS[self.split] if bits else {})
 

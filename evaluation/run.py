@@ -23,9 +23,8 @@ from evaluation.likelihood import Bound, bits_per_dim, likelihood_scores
 from evaluation.metrics import Score, Statistics, compute, save_arrays
 from evaluation.protocol import Options, Plan
 from files import atomic_write
-from generation import generate, make_denoiser, pays_to_compile
+from generation import generate, make_denoiser
 from generation.folder import fill, missing_seeds
-from model import at_precision
 from training.hardware import duration, timed
 from weights import Model
 
@@ -98,12 +97,7 @@ class Measurement(Plan):
             self.statistics = found
         if model := self.model:
             batches = -(-len(self.missing) // (ranks.count * size))
-            self.denoiser = make_denoiser(
-                at_precision(model.network, self.drawing["precision"]),
-                model.diffusion,
-                times=[step.t for step in self.steps],
-                compiled=pays_to_compile(model.config, ranks.device, batches * len(self.steps)),
-            )
+            self.denoiser = self.sampling.denoiser(self.sampling.labels[0], batches=batches)
             self._forecast(ranks)
         if extractor:
             with self._stage("images", len(self.missing) // ranks.count) as advance:

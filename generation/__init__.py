@@ -1,6 +1,7 @@
 """Images from a loaded model and seeds."""
 
 from generation.generate import (
+    Guidance,
     SeedNoise,
     chain,
     generate,
@@ -9,9 +10,11 @@ from generation.generate import (
     quick_steps,
     resolve_precision,
 )
-from generation.recipe import sampling_recipe
+from generation.recipe import Sampling
 
 __all__ = [
+    "Guidance",
+    "Sampling",
     "SeedNoise",
     "chain",
     "generate",
@@ -19,5 +22,4 @@ __all__ = [
     "pays_to_compile",
     "quick_steps",
     "resolve_precision",
-    "sampling_recipe",
 ]

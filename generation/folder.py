@@ -17,15 +17,33 @@ class OtherRecipe(ValueError):
     """An image in the way was made by another recipe."""
 
 
-def free_folder(name: str, seeds: Sequence[int], recipe: dict) -> tuple[Path, list[int]]:
+def free_folder(
+    name: str, seeds: Sequence[int], recipes: dict[str, dict]
+) -> tuple[Path, dict[str, list[int]]]:
     """Return `name`, name-2, ...: the first without another recipe's images, and what it lacks."""
     for number in itertools.count(1):
         folder = Path(name if number == 1 else f"{name}-{number}")
         try:
-            return folder, missing_seeds(folder, seeds, recipe)
+            return folder, missing_images(folder, seeds, recipes)
         except OtherRecipe:
             pass
     raise AssertionError
+
+
+def missing_images(
+    folder: Path, seeds: Sequence[int], recipes: dict[str, dict]
+) -> dict[str, list[int]]:
+    """Return the seeds that lack a good image, by folder within `folder`; "" is itself.
+
+    Raises as `missing_seeds`.
+    """
+    if "" not in recipes and folder.is_dir():  # it holds folders, a grid of them all, and no more
+        ours = any((folder / name).is_dir() for name in recipes)
+        stems = (path for path in folder.glob("*.png") if path.stem.isdigit())
+        grid = [] if ours else [folder / "grid.png"]
+        if foreign := next((path for path in [*stems, *grid] if path.exists()), None):
+            raise OtherRecipe(f"{foreign} is in the way; choose another --output-dir, or delete it")
+    return {name: missing_seeds(folder / name, seeds, recipe) for name, recipe in recipes.items()}
 
 
 def missing_seeds(folder: Path, seeds: Sequence[int], recipe: dict) -> list[int]:
@@ -62,9 +80,9 @@ def is_good(path: Path, recipe: dict) -> bool:
             return False  # cut short
         raise OtherRecipe(f"{path} is not an image; choose another --output-dir") from None
     changed = [
-        f"{key} {other.get(key)} -> {value}"
-        for key, value in recipe.items()
-        if key != "checkpoint" and other.get(key) != value
+        f"{key} {other.get(key)} -> {recipe.get(key)}"
+        for key in dict.fromkeys([*recipe, *other])
+        if key not in ("checkpoint", "seed") and other.get(key) != recipe.get(key)
     ]
     if changed:
         raise OtherRecipe(

@@ -5,6 +5,7 @@ Samples, previews, evaluation and figures all stand on `generate`.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,46 @@ from model import Network, exact_float32, has_bf16
 MANY_CALLS = 5000  # of the network; from here compiling on CUDA repays its minute
 
 
+class Guidance(NamedTuple):
+    """How far estimates are led away from a worse model's (Ho & Salimans 2022, Eq. 6).
+
+    eps_0 + scale (eps_1 - eps_0), where eps_1 is of the model that is asked, and eps_0 of it
+    without its label (classifier-free), or of another model (Karras et al. 2024, autoguidance).
+    `interval` holds it to noise levels sqrt((1 - alpha_bar) / alpha_bar) from its first to its
+    second number (Kynkaanniemi et al. 2024).
+    """
+
+    scale: float = 1.0
+    interval: Sequence[float] | None = None
+
+    def at(self, alpha_bar: float) -> float:
+        """Return the scale where so much of the variance is x_0's."""
+        low, high = self.interval or (0, math.inf)
+        level = math.sqrt((1 - alpha_bar) / alpha_bar) if alpha_bar else math.inf
+        return self.scale if low <= level <= high else 1.0
+
+
+def embedder(
+    network: Network, times: Iterable[int], label: Tensor | None
+) -> Callable[[int | Tensor], Tensor]:
+    """Return t -> its conditioning with a label, [any], or [B, any] for t [B]; make `times` now."""
+    device = next(network.parameters()).device
+    row = None if label is None else label[None].to(device)
+    known = list(dict.fromkeys(times))  # in their order: rows elsewhere round otherwise
+    with torch.no_grad():
+        rows = network.embed(torch.tensor(known, device=device), row).unbind() if known else ()
+    embeddings = dict(zip(known, rows, strict=True))
+
+    def embed(t: int | Tensor) -> Tensor:
+        if isinstance(t, Tensor):
+            return network.embed(t.to(device), row)
+        if t in embeddings:
+            return embeddings[t]
+        return network.embed(torch.tensor([t], device=device), row)[0]
+
+    return embed
+
+
 def make_denoiser(
     network: Network,
     diffusion: GaussianDiffusion,
@@ -23,6 +64,9 @@ def make_denoiser(
     times: Iterable[int] = (),
     clip: bool = True,
     compiled: bool = False,
+    label: Tensor | None = None,
+    guidance: Guidance = Guidance(),  # noqa: B008 (it is frozen)
+    guide: Denoiser | None = None,
 ) -> Denoiser:
     """Return (x_t [B, C, H, W], t) -> x0_hat, of x_t's type and on its device.
 
@@ -33,27 +77,46 @@ def make_denoiser(
         times: t that will be asked for as ints; their embeddings are made once.
         clip: x0_hat to [-1, 1], as the official code does before it is used.
         compiled: by torch.compile, on first use.
+        label: [classes], with a 1 for each class that is wanted; None asks for none.
+        guide: the worse model of `guidance`, not clipped; None is this one without the label.
     """
     device = next(network.parameters()).device
-    known = list(dict.fromkeys(times))  # in their order: rows elsewhere round otherwise
-    with torch.no_grad():
-        rows = network.embed(torch.tensor(known, device=device)).split(1) if known else ()
-    embeddings = dict(zip(known, rows, strict=True))
+    times = list(times)
+    with_label = embedder(network, times, label)
+    without = embedder(network, times, None) if label is not None and guide is None else with_label
     predict = network.predict
     if compiled:
         torch._dynamo.config.suppress_errors = True  # where it cannot: slower, with a warning
         predict = torch.compile(predict)
 
-    def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
+    def estimate(x_t: Tensor, t: int | Tensor, embedding: Tensor) -> Tensor:
         with exact_float32():
-            if isinstance(t, Tensor):
-                embedding = network.embed(t.to(device))
-            elif t in embeddings:
-                embedding = embeddings[t]
-            else:
-                embedding = network.embed(torch.tensor([t], device=device))
             F = predict(x_t.to(device, torch.float32), embedding).to(x_t)
-        x0_hat = diffusion.predict_x_0(x_t, t, F)
+        return diffusion.predict_x_0(x_t, t, F)
+
+    def guided(x_t: Tensor, t: int | Tensor) -> Tensor:
+        if not isinstance(t, Tensor):
+            scale: Any = guidance.at(diffusion.alpha_bar(t))
+            if scale == 1:
+                return estimate(x_t, t, with_label(t))
+            if scale == 0:
+                return guide(x_t, t) if guide else estimate(x_t, t, without(t))
+        else:
+            scales = [guidance.at(a) for a in diffusion.alpha_bar(t).tolist()]
+            scale = torch.tensor(scales, device=x_t.device, dtype=x_t.dtype).view(-1, 1, 1, 1)
+        # x0_hat is affine in eps_hat, so that guiding one guides the other
+        if guide:
+            worse, better = guide(x_t, t), estimate(x_t, t, with_label(t))
+        else:
+            rows = [e.expand(len(x_t), e.shape[-1]) for e in (without(t), with_label(t))]
+            twice = torch.cat([t, t]) if isinstance(t, Tensor) else t
+            both = estimate(torch.cat([x_t, x_t]), twice, torch.cat(rows))
+            worse, better = both.chunk(2)
+        return worse + scale * (better - worse)
+
+    def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
+        plain = guidance.scale == 1
+        x0_hat = estimate(x_t, t, with_label(t)) if plain else guided(x_t, t)
         return x0_hat.clamp(-1, 1) if clip else x0_hat
 
     return denoise

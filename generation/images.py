@@ -55,14 +55,19 @@ def read_images(folder: Path, seeds: Sequence[int]) -> Tensor:
     return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
 
 
-def image_grid(images: Tensor) -> Tensor:
-    """Return uint8 [N, C, H, W] as one near-square uint8 [3, H', W'], tiny images enlarged."""
+def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """Return uint8 [N, C, H, W] as one uint8 [3, H', W'], tiny images enlarged.
+
+    By default it is nearly square, whatever the shape of the images.
+    """
     channels = 3 if images.shape[1] >= 3 else 1  # without alpha
     images = images[:, :channels].cpu()
-    scale = max(1, 64 // images.shape[-1])
+    height, width = images.shape[2:]
+    columns = columns or max(1, math.ceil(math.sqrt(len(images) * height / width)))
+    scale = max(1, 64 // max(height, width))
     if scale > 1:
         images = interpolate(images, scale_factor=scale, mode="bicubic")
-    return make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2, pad_value=128)
+    return make_grid(images, nrow=columns, padding=2, pad_value=128)
 
 
 def write_enlarged(folder: Path, seeds: Sequence[int], images: Tensor, factor: int) -> Path:

@@ -1,5 +1,5 @@
-"""Fast paths for the CPU."""
+"""Fast paths for the CPU, and the precision of the hardware."""
 
-from kernels.norm_silu import GroupNorm
-
-__all__ = ["GroupNorm"]
+from kernels.norm_silu import GroupNorm as GroupNorm
+from kernels.precision import exact_float32 as exact_float32
+from kernels.precision import has_bf16 as has_bf16

@@ -18,7 +18,7 @@ from diffusion_utils import Denoiser, Step, from_uint8, reverse, to_uint8
 from evaluation.extractor import load_extractor
 from evaluation.likelihood import Bound, bits_per_dim
 from evaluation.metrics import spread
-from generation import SeedNoise, generate, make_denoiser
+from generation import Sampling, SeedNoise, generate
 from model import exact_float32
 from plotting import boards
 from plotting.boards import Board, Cells, write_figure
@@ -27,10 +27,9 @@ from weights import Model
 
 @dataclass(frozen=True)
 class Study:
-    """A model, its step table, and what was asked of a figure."""
+    """A model, how it is sampled, and what was asked of a figure."""
 
-    model: Model
-    steps: list[Step]
+    plan: Sampling
     recipe: dict[str, Any]
     track: Callable[..., Iterable[Any]]  # wraps an iterable and knows `total=`
     seed: int = 0
@@ -40,10 +39,17 @@ class Study:
     extractor: str | None = None
     batch_size: int = 256
 
+    @property
+    def model(self) -> Model:
+        return self.plan.model
+
+    @property
+    def steps(self) -> list[Step]:
+        return self.plan.steps
+
     @cached_property
     def denoiser(self) -> Denoiser:
-        times = [step.t for step in self.steps]
-        return make_denoiser(self.model.network, self.model.diffusion, times=times)
+        return self.plan.denoiser(self.plan.labels[0])
 
     @property
     def run(self) -> str:
@@ -56,7 +62,8 @@ class Study:
         raw = ", raw weights" if recipe["weights"] == "raw" else ""
         detail = {"ddpm": f" {recipe['variance']}", "ddim": f" eta {recipe['eta']:g}"}
         sampling = f"{sampler}{detail.get(sampler, '')}, {len(self.steps)} steps"
-        return f"{self.run}, step {recipe['step']:,}{raw}; {sampling}"
+        label = f", {recipe['class_label']}" if "class_label" in recipe else ""
+        return f"{self.run}, step {recipe['step']:,}{raw}{label}; {sampling}"
 
     def seeds(self, count: int) -> list[int]:
         return list(range(self.seed, self.seed + (self.num_images or count)))
@@ -215,7 +222,7 @@ def load_pairs(study: Study) -> Tensor:
         raise ValueError("--image is given twice, for one pair, and without --num-images")
     try:
         pair = [
-            fit_image(Image.open(file), image_size=data.image_size, channels=data.channels)
+            fit_image(Image.open(file), image_size=data.size, channels=data.channels)
             for file in files
         ]
     except UnidentifiedImageError as error:

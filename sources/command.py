@@ -10,8 +10,7 @@ from rich.progress import track
 
 from cli import Overrides, fail, plain_console
 from config import load_config
-from sources import Source, find_images, report
-from sources.files import of_array
+from sources import find_images, report
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -61,11 +60,11 @@ def report_on_images(
         if sheet.exists() and not report.is_contact_sheet(sheet):
             raise ValueError(f"{sheet} is another image; choose another --contact-sheet")
         config = load_config(config_file, overrides or ())
-        found = find_images(config.dataset.name, Path(config.dataset.root))
-        sources = {k: s if isinstance(s, Source) else of_array(s) for k, s in found.items()}
+        data = config.dataset
+        sources = find_images(data.name, Path(data.root), data.labels)
         headers = report.read_headers(sources.values(), progress=bar)
         show(report.summarize_headers(config, headers))
-        keys = config.dataset.model_dump(exclude={"random_flip"})
+        keys = data.model_dump(exclude={"random_flip"})
         parts = context.obj()(**keys, progress=partial(bar, description="Decoding images"))
         train, values, validation = parts["train"], *map(read, parts.values())
         names = [

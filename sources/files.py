@@ -2,12 +2,13 @@
 
 import io
 import os
+import re
 import tarfile
 import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -24,11 +25,15 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Source(NamedTuple):
-    """Images that are still to be decoded."""
+    """Images as they are found, most still to be decoded, and their labels."""
 
     identity: list  # JSON that changes when the images do; the cache goes by it
     names: list[str]
     open: Callable[[int], Image.Image]  # by row, in any thread; about in order is fastest
+    pixels: np.ndarray | None = None  # uint8 [N, H, W, C], where they are in memory anyway
+    labels: np.ndarray | None = None  # [N], the number of a class, or uint8 [N, classes]
+    classes: Sequence[str] = ()  # their names, where there are any
+    why_unlabelled: str = "this set has none"  # what people could do
 
 
 def in_threads(function: Callable[[int], T], count: int) -> Iterator[T]:
@@ -70,7 +75,22 @@ def open_files(root: Path) -> Source:
         raise ValueError(f"{place} is neither a folder nor a file (zip or tar), or is damaged")
     if not source.names:
         raise FileNotFoundError(f"{place} holds no images ({', '.join(EXTENSIONS)})")
-    return source
+    return with_folders(source)
+
+
+def with_folders(source: Source) -> Source:
+    """Return a source whose classes are the folders that its files lie in, the outermost ones."""
+    folders = [name.removeprefix("./").partition("/") for name in source.names]
+    shared = {first for first, _, _ in folders}
+    if len(shared) == 1 and all(slash for _, slash, _ in folders):  # an archive of one folder
+        folders = [rest.partition("/") for _, _, rest in folders]
+    loose = next((n for n, f in zip(source.names, folders, strict=True) if not f[1]), None)
+    if loose is not None:
+        why = f"{loose} is in no sub-folder; a class is a sub-folder"
+        return source._replace(why_unlabelled=why)
+    classes = sorted({first for first, _, _ in folders})
+    labels = np.searchsorted(classes, [first for first, _, _ in folders])
+    return source._replace(labels=labels, classes=classes)
 
 
 def files_under(root: Path) -> Iterator[Path]:
@@ -153,9 +173,16 @@ def open_lmdb(home: Path) -> Source:
 
 
 def of_array(
-    pixels: np.ndarray, identity: list | None = None, scale: float = 1, shift: float = 0
+    pixels: np.ndarray,
+    identity: list | None = None,
+    scale: float = 1,
+    shift: float = 0,
+    **more: Any,
 ) -> Source:
-    """Return [N, H, W, C] as a source; `scale` and `shift` bring other values to 0 ... 255."""
+    """Return [N, H, W, C] as a source; `scale` and `shift` bring other values to 0 ... 255.
+
+    Without an identity it is in memory. `more`: labels, classes.
+    """
 
     def read(row: int) -> Image.Image:
         image = np.asarray(pixels[row])
@@ -163,24 +190,31 @@ def of_array(
             image = (image * scale + shift).clip(0, 255).round().astype(np.uint8)
         return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
-    return Source(identity or [], [f"image {row}" for row in range(len(pixels))], read)
+    kept = None if identity else pixels
+    return Source(identity or [], [f"image {i}" for i in range(len(pixels))], read, kept, **more)
 
 
 def open_array(root: Path) -> Source:
-    """Open the images of an .npy or .npz file: [N, H, W], [N, H, W, C] or [N, C, H, W]."""
+    """Open the images of an .npy or .npz file: [N, H, W], [N, H, W, C] or [N, C, H, W].
+
+    Labels are [N] or [N, classes], another array of the .npz or a file beside it that is called
+    labels, or as it with _labels (images_labels.npy).
+    """
     place = f"{root} (dataset.root)"
     if root.is_dir():
-        files = sorted(p.name for p in root.glob("*.np[yz]"))
+        files = sorted(p.name for p in root.glob("*.np[yz]") if not LABELS.search(p.stem))
         if len(files) != 1:
             holds = f"{place} holds {len(files)} .npy or .npz files"
             raise FileNotFoundError(f"{holds}; give one of them: {', '.join(files[:5])}")
         root = root / files[0]
     if not root.exists():
         raise FileNotFoundError(f"{place} does not exist; give an .npy or .npz file")
+    inside: dict[str, np.ndarray] = {}
     try:
         pixels = np.load(root, mmap_mode="r", allow_pickle=False)
         if isinstance(pixels, np.lib.npyio.NpzFile):
-            arrays = [array for key in pixels.files if (array := pixels[key]).ndim >= 3]
+            inside = {key: pixels[key] for key in pixels.files}
+            arrays = [array for array in inside.values() if array.ndim >= 3]
             pixels = max(arrays, key=lambda array: array.size, default=np.empty(0))
     except Exception as error:  # zip, header, pickle: many kinds
         objects = "pickle" in str(error) or "Python objects" in str(error)
@@ -195,7 +229,61 @@ def open_array(root: Path) -> Source:
         raise ValueError(f"{root} (dataset.root) holds {pixels.shape}; {forms}")
     stat = root.stat()
     identity = [str(root.resolve()), stat.st_size, stat.st_mtime_ns]
-    return of_array(pixels, identity, *_byte_scale(pixels, root))
+    source = of_array(pixels, identity, *_byte_scale(pixels, root))
+    return source._replace(**_labels_beside(root, inside, len(pixels)))
+
+
+LABELS = re.compile(r"(^|[-_.])labels?$", re.IGNORECASE)
+
+
+def _labels_beside(root: Path, inside: dict[str, np.ndarray], count: int) -> dict[str, Any]:
+    """Return a source's `labels`, of the file itself or of one beside it, or `why_unlabelled`."""
+    found = {f"{root}:{key}": a for key, a in inside.items() if LABELS.search(key) or key == "y"}
+    beside = [p for p in sorted(root.parent.glob("*.np[yz]")) if LABELS.search(p.stem)]
+    own = [path for path in beside if path.stem.startswith(root.stem)] or beside
+    try:
+        for path in own if not found else ():
+            loaded = np.load(path, allow_pickle=False)
+            zipped = isinstance(loaded, np.lib.npyio.NpzFile)
+            found[str(path)] = loaded[loaded.files[0]] if zipped else loaded
+    except Exception as error:  # zip, header, pickle: many kinds
+        return {"why_unlabelled": f"{path} cannot be read as an array: {error}"}
+    if not found:
+        return {"why_unlabelled": f"put them beside it, as {root.stem}_labels.npy"}
+    if len(found) > 1:
+        return {"why_unlabelled": f"there are several: {', '.join(found)}"}
+    ((name, labels),) = found.items()
+    return labels_or_why(name, labels, count)
+
+
+def labels_or_why(
+    name: str, labels: np.ndarray, count: int, classes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return a source's `labels` and `classes`, or `why_unlabelled`."""
+    try:
+        return {"labels": as_labels(labels, count), "classes": classes}
+    except ValueError as error:
+        return {"why_unlabelled": f"{name} {error}"}
+
+
+def as_labels(labels: np.ndarray, count: int) -> np.ndarray:
+    """Return the labels of `count` images as [N] int64, or [N, classes] uint8 of 0 and 1.
+
+    Raises:
+        ValueError: they are of another number of images, or neither of the two.
+    """
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim not in (1, 2) or len(labels) != count:
+        raise ValueError(f"holds {labels.shape}; {count} images need ({count},) or ({count}, K)")
+    whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and (labels % 1 == 0).all())
+    if not whole or labels.size == 0 or labels.min() < 0:
+        raise ValueError("does not hold the numbers of classes, from 0 on")
+    if labels.ndim == 1:
+        return labels.astype(np.int64)
+    if labels.max() > 1:
+        raise ValueError(f"holds {labels.shape} with {labels.max():g}; a row is of 0 and 1")
+    return labels.astype(np.uint8)
 
 
 def _byte_scale(pixels: np.ndarray, root: Path) -> tuple[float, float]:
@@ -232,10 +320,14 @@ def open_huggingface(root: Path) -> Source:
     if not columns:
         raise ValueError(f"{root} (dataset.root) has no column of images: {list(data.features)}")
     identity = [str(root), data._fingerprint]
+    kinds = {k: kind for k, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)}
+    more: dict[str, Any] = {"why_unlabelled": "it has no ClassLabel"}
+    for key, kind in list(kinds.items())[:1]:
+        more = labels_or_why(key, np.asarray(data[key]), len(data), kind.names)
     data = data.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
 
     def read(row: int) -> Image.Image:
         image = data[row][columns[0]]
         return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
 
-    return Source(identity, [f"image {row}" for row in range(len(data))], read)
+    return Source(identity, [f"image {row}" for row in range(len(data))], read, **more)

@@ -17,15 +17,37 @@ from urllib.error import URLError
 import numpy as np
 
 from files import remove_leftovers
-from sources.files import Source, open_array, open_files, open_folder, open_huggingface, open_lmdb
+from sources.emoji import open_emoji
+from sources.files import (
+    Source,
+    as_labels,
+    of_array,
+    open_array,
+    open_files,
+    open_folder,
+    open_huggingface,
+    open_lmdb,
+)
 
 TIMEOUT = 60.0  # seconds without an answer
 
 
-def find_images(name: str, root: Path) -> dict[str, np.ndarray | Source]:
+DIGITS = [str(i) for i in range(10)]
+CLASSES = {
+    "mnist": DIGITS,
+    "fashion-mnist": ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
+                      "sneaker", "bag", "ankle boot"],
+    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+                "truck"],
+}  # fmt: skip
+
+
+def find_images(name: str, root: Path, labels: bool = False) -> dict[str, Source]:
     """Return {"train": ...} and, where there is an official test set, "validation".
 
-    An array is uint8 [N, H, W, C]. `root` may also name a dataset of the Hub.
+    Args:
+        root: where they are; it may also name a dataset of the Hub.
+        labels: of the sets that keep them in files of their own are wanted, too.
 
     Raises:
         FileNotFoundError: nothing at `root`, and it cannot be downloaded. ValueError: damaged.
@@ -33,14 +55,19 @@ def find_images(name: str, root: Path) -> dict[str, np.ndarray | Source]:
     if name == "digits":
         from sklearn.datasets import load_digits
 
-        return {"train": (load_digits().images * (255 / 16)).round().astype(np.uint8)[..., None]}
+        digits = load_digits()
+        pixels = (digits.images * (255 / 16)).round().astype(np.uint8)[..., None]
+        return {"train": of_array(pixels, labels=digits.target, classes=DIGITS)}
     if name == "cifar10":
         train = _cifar10(root, [f"data_batch_{i}" for i in range(1, 6)])
         return {"train": train, "validation": _cifar10(root, ["test_batch"])}
     if name in ("mnist", "fashion-mnist"):
-        return {"train": _mnist(name, root, "train"), "validation": _mnist(name, root, "t10k")}
+        parts = {"train": "train", "validation": "t10k"}
+        return {split: _mnist(name, root, part, labels) for split, part in parts.items()}
     if name == "flowers102":
-        return _flowers102(root)
+        return _flowers102(root, labels)
+    if name == "emoji":
+        return open_emoji(root)
     if name.startswith("lsun-"):
         return {"train": _lsun(name, root)}
     openers = dict(npy=open_array, npz=open_array, huggingface=open_huggingface, celebahq=_celebahq)
@@ -82,57 +109,73 @@ def download(
     )
 
 
-def _mnist(name: str, root: Path, part: str) -> np.ndarray:
-    """Return uint8 [N, 28, 28, 1] of `part`, train or t10k, from idx files, packed or not."""
+def _mnist(name: str, root: Path, part: str, labels: bool) -> Source:
+    """Return the images of `part`, train or t10k, from idx files, packed or not."""
+    pixels = _idx(name, root, f"{part}-images", "idx3")[..., None]
+    if not labels:
+        return of_array(pixels)
+    numbers = _idx(name, root, f"{part}-labels", "idx1").astype(np.int64)
+    if len(numbers) != len(pixels) or (len(numbers) and numbers.max() > 9):
+        raise ValueError(f"{root}: the labels of {part} are not those of its images")
+    return of_array(pixels, labels=numbers, classes=CLASSES[name])
+
+
+def _idx(name: str, root: Path, stem: str, kind: str) -> np.ndarray:
+    """Return the content of an idx file of bytes, idx3 or idx1; it is downloaded if missing."""
     from torchvision.datasets import MNIST, FashionMNIST
 
     known = {"mnist": MNIST, "fashion-mnist": FashionMNIST}[name]
     raw = root / known.__name__ / "raw"
-    names = [f"{part}-images{dot}idx3-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
+    names = [f"{stem}{dot}{kind}-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
     places = [folder / n for folder in (root, root / "raw", raw) for n in names]
     path = next(filter(Path.exists, places), raw / names[1])
     if not path.exists():
         hint = f"put its four .gz files into {raw}, or set dataset.root to their folder"
         urls = [mirror + path.name for mirror in known.mirrors]
         download(urls, path, md5=dict(known.resources)[path.name], hint=hint)
+    dimensions = int(kind[-1])
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
-        if content[:4] != b"\0\0\x08\x03":  # bytes, in three dimensions
+        if content[:4] != bytes([0, 0, 8, dimensions]):  # 8: bytes
             raise ValueError("it does not begin as one")
-        shape = np.frombuffer(content, ">u4", 3, offset=4)
-        return np.frombuffer(content, np.uint8, offset=16).reshape(*shape.tolist(), 1)
+        shape = np.frombuffer(content, ">u4", dimensions, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape.tolist())
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(
             f"{path} is damaged or no idx file of images ({error}); delete it to download it again"
         ) from None
 
 
-def _cifar10(root: Path, names: list[str]) -> np.ndarray:
-    """Return uint8 [N, 32, 32, 3] from the python or the binary version."""
+def _cifar10(root: Path, names: list[str]) -> Source:
+    """Return 32x32 images from the python or the binary version."""
     python, binary = root / "cifar-10-batches-py", root / "cifar-10-batches-bin"
     if not python.is_dir() and not binary.is_dir():
         from torchvision.datasets import CIFAR10
 
         hint = f"unpack cifar-10-python.tar.gz into {root}, or set dataset.root"
         download([CIFAR10.url], python, md5=CIFAR10.tgz_md5, member=python.name, hint=hint)
-    rows = []
+    rows, labels = [], []
     for name in names:
         path = python / name if python.is_dir() else binary / f"{name}.bin"
         try:
             if python.is_dir():
                 with path.open("rb") as file:
-                    pixels = np.asarray(_ArraysOnly(file, encoding="bytes").load()[b"data"])
+                    batch = _ArraysOnly(file, encoding="bytes").load()
+                pixels, numbers = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
             else:
-                pixels = np.fromfile(path, np.uint8).reshape(-1, 3073)[:, 1:]  # label, then pixels
+                content = np.fromfile(path, np.uint8).reshape(-1, 3073)
+                pixels, numbers = content[:, 1:], content[:, 0]  # label, then pixels
             rows.append(pixels.astype(np.uint8, casting="safe").reshape(-1, 3, 32, 32))
+            labels.append(as_labels(numbers, len(pixels)))
         except FileNotFoundError:
             hint = "delete its folder to download it again"
             raise FileNotFoundError(f"{path} is missing; {hint}") from None
         except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"{path} is damaged or no CIFAR-10 batch: {error}") from None
-    return np.concatenate(rows).transpose(0, 2, 3, 1)
+    pixels = np.concatenate(rows).transpose(0, 2, 3, 1)
+    return of_array(pixels, labels=np.concatenate(labels), classes=CLASSES["cifar10"])
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -151,7 +194,7 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks to run {module}.{name}, which is refused")
 
 
-def _flowers102(root: Path) -> dict[str, np.ndarray | Source]:
+def _flowers102(root: Path, labels: bool) -> dict[str, Source]:
     """Train on the official train and val sets (2,040), validate on the test set (6,149)."""
     from scipy.io import loadmat
 
@@ -161,16 +204,28 @@ def _flowers102(root: Path) -> dict[str, np.ndarray | Source]:
     if not (home / "jpg").is_dir():
         md5 = "52808999861908f626f3c1f4e79d11fa"
         download([f"{site}102flowers.tgz"], home / "jpg", md5=md5, member="jpg", hint=hint)
-    split = home / "setid.mat"
-    if not split.exists():
-        download([f"{site}setid.mat"], split, md5="a5357ecc9cb78c4bef273ce3793fc85c", hint=hint)
-    try:
-        ids = loadmat(split)
-        parts = {"train": np.hstack([ids["trnid"], ids["valid"]]), "validation": ids["tstid"]}
-        names = {key: [f"image_{i:05d}.jpg" for i in part.flat] for key, part in parts.items()}
-    except Exception as error:  # a damaged .mat can raise anything
-        raise ValueError(f"{split} is damaged ({error}); delete it to download it again") from None
-    return {key: open_folder(home / "jpg", part) for key, part in names.items()}
+    digests = {"setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
+    if labels:
+        digests["imagelabels.mat"] = "e0620be6f572b9609742df49c70aed4d"
+    found: dict[str, np.ndarray] = {}
+    for name, md5 in digests.items():
+        if not (path := home / name).exists():
+            download([f"{site}{name}"], path, md5=md5, hint=hint)
+        try:
+            found |= loadmat(path)
+        except Exception as error:  # a damaged .mat can raise anything
+            again = "delete it to download it again"
+            raise ValueError(f"{path} is damaged ({error}); {again}") from None
+    sources = {}
+    for split, keys in {"train": ("trnid", "valid"), "validation": ("tstid",)}.items():
+        try:
+            ids = np.sort(np.hstack([found[key] for key in keys]).ravel())  # as their names do
+            more = {"labels": found["labels"].ravel()[ids - 1].astype(int) - 1} if labels else {}
+        except Exception as error:
+            raise ValueError(f"{home}/*.mat are damaged: {error!r}; delete them") from None
+        source = open_folder(home / "jpg", [f"image_{i:05d}.jpg" for i in ids])
+        sources[split] = source._replace(**more)
+    return sources
 
 
 def _celebahq(root: Path) -> Source:

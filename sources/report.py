@@ -82,16 +82,23 @@ def read_values(batches: Iterable[np.ndarray]) -> Values:
     return Values(histogram, digests, plain, gray, opaque)
 
 
-def describe_fit(size: tuple[int, int], image_size: int, fit: str) -> str:
-    """Return what happens to an image of (width, height): '218x178 -> centre 178x178 -> 64x64'."""
-    steps = ["{}x{}".format(*size)]
-    if size[0] != size[1] and fit == "crop":
-        steps.append("centre {0}x{0}".format(min(size)))
-    if size[0] != size[1] and fit == "pad":
-        inside = [max(1, round(side * image_size / max(size))) for side in size]
-        steps += ["{}x{}".format(*inside), f"on black {image_size}x{image_size}"]
-    elif size != (image_size, image_size):
-        steps.append(f"{image_size}x{image_size}" + " (enlarged)" * (min(size) < image_size))
+def describe_fit(size: tuple[int, int], target: tuple[int, int], fit: str) -> str:
+    """Return what happens to an image of (width, height): '218x178 -> centre 178x178 -> 64x64'.
+
+    target: (height, width).
+    """
+    (width, height), (target_height, target_width) = size, target
+    steps, wanted = [f"{width}x{height}"], f"{target_width}x{target_height}"
+    scale = min(width / target_width, height / target_height)
+    inside = round(scale * target_width), round(scale * target_height)
+    if inside != size and fit == "crop":
+        steps.append("centre {}x{}".format(*inside))
+    if inside != size and fit == "pad":
+        scale = max(width / target_width, height / target_height)
+        kept = max(1, round(width / scale)), max(1, round(height / scale))
+        steps += ["{}x{}".format(*kept), f"on black {wanted}"]
+    elif size != (target_width, target_height):
+        steps.append(wanted + " (enlarged)" * (scale < 1))
     return " -> ".join(steps) if len(steps) > 1 else f"{steps[0]}, as it is"
 
 
@@ -100,7 +107,7 @@ def advise(
 ) -> Iterator[str]:
     """Yield what may want changing, with the override; `values` are of the training images."""
     data, count, trained_on = config.dataset, len(values.digests), set(values.digests)
-    size, channels, total = data.image_size, data.channels, max(1, headers.sizes.total())
+    (height, width), channels, total = data.size, data.channels, max(1, headers.sizes.total())
     if channels >= 3 and values.gray:
         yield f"all images are gray: dataset.channels={channels - 2} has less to learn"
     if channels in (2, 4) and values.opaque:
@@ -110,12 +117,16 @@ def advise(
     if channels in (1, 3) and (clear := headers.transparent):
         yield f"transparency of {clear:,} becomes white: dataset.channels={channels + 1} keeps it"
     sides = np.array(list(headers.sizes.elements())).reshape(-1, 2)
-    if (small := int((sides.min(1) < size).sum())) > total // 100:
+    scale = sides / (width, height)  # sides: width, height
+    if (small := int((scale.min(1) < 1).sum())) > total // 100:
         factor = 2 ** (len(config.model.channel_multipliers) - 1)
         nearest = max(factor, int(np.median(sides.min(1))) // factor * factor)
-        better = f": dataset.image_size={nearest}" if 4 <= nearest < size else ""
-        yield f"{small:,} images are smaller than {size}x{size}; enlarging makes them soft{better}"
-    lost = 1 - (sides.min(1) / sides.max(1)).mean() if len(sides) else 0
+        square = height == width and 4 <= nearest < height
+        better = f": dataset.image_size={nearest}" if square else ""
+        yield (
+            f"{small:,} images are smaller than {width}x{height}; enlarging makes them soft{better}"
+        )
+    lost = 1 - (scale.min(1) / scale.max(1)).mean() if len(sides) else 0
     if lost > 0.3 and data.fit == "crop":
         yield f"the centre crop leaves {lost:.0%} of the area out: dataset.fit=pad keeps it"
     if lost > 0.3 and data.fit == "pad":
@@ -143,17 +154,19 @@ def advise(
 
 
 def write_contact_sheet(images: np.ndarray, path: Path) -> None:
-    """Write uint8 [N, C, S, S], eight in a row, transparency on white, tiny ones enlarged."""
+    """Write uint8 [N, C, H, W], eight in a row, transparency on white, tiny ones enlarged."""
     import torch
     from torchvision.utils import make_grid
 
-    channels, side = images.shape[1:3]
-    cell = min(256, side * max(1, 64 // side))  # pixel by pixel when tiny
+    channels, height, width = images.shape[1:]
+    side = max(height, width)
+    scale = min(256 / side, max(1, 64 // side))  # pixel by pixel when tiny
+    cell = max(1, round(height * scale)), max(1, round(width * scale))
     pixels = torch.from_numpy(images).float()
     if channels in (2, 4):
         pixels = 255 + (pixels[:, :-1] - 255) * pixels[:, -1:] / 255
-    mode = "bilinear" if cell < side else "nearest"
-    pixels = torch.nn.functional.interpolate(pixels, (cell, cell), mode=mode, antialias=cell < side)
+    mode = "bilinear" if scale < 1 else "nearest"
+    pixels = torch.nn.functional.interpolate(pixels, cell, mode=mode, antialias=scale < 1)
     grid = make_grid(pixels, nrow=8, padding=2, pad_value=128).round().byte()
     text = PngInfo()
     text.add_text("Title", TITLE)
@@ -173,7 +186,7 @@ def summarize_headers(config: Config, headers: Headers) -> dict[str, list[str]]:
     """Return lines by label: what the files are, and what becomes of each size."""
     data = config.dataset
     place = f" at {data.root}" if data.name != "digits" else ""
-    sizes = _most_common(headers.sizes, lambda s: describe_fit(s, data.image_size, data.fit))
+    sizes = _most_common(headers.sizes, lambda s: describe_fit(s, data.size, data.fit))
     return {"set": [data.name + place], "sizes": sizes, "kinds": _most_common(headers.modes, str)}
 
 

@@ -23,6 +23,8 @@ __all__ = ["PROJECT", "run", "start"]
 TINY = {
     "image_size": 8,
     "channels": 3,
+    "classes": 0,
+    "null_label": False,
     "base_channels": 32,
     "channel_multipliers": [1, 2],
     "num_res_blocks": 2,
@@ -30,6 +32,7 @@ TINY = {
     "dropout": 0.0,
 }
 PAPER = {"channels": 3, "base_channels": 128, "num_res_blocks": 2, "attention_resolutions": [16]}
+PAPER |= {"classes": 0, "null_label": False}
 CIFAR = {**PAPER, "image_size": 32, "channel_multipliers": [1, 2, 2, 2], "dropout": 0.1}
 HQ = {**PAPER, "image_size": 256, "channel_multipliers": [1, 1, 2, 2, 4, 4], "dropout": 0.0}
 

@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config import Config, check_config, check_sampling, differences, load_config, to_yaml
+from cli import check_sampling
+from config import Config, check_config, differences, load_config, to_yaml
 from dataset import load_images
 from diffusion_utils import GaussianDiffusion, make_steps
 from files import parse_yaml
+from generation import Guidance
 from model import UNet
 
 CONFIGS = sorted(Path("configs").glob("*.yml"))
@@ -47,18 +49,20 @@ def test_the_papers_settings():
 def test_a_section_is_a_constructor():
     """Its keys are the constructor's keywords, less facts of the data; no second defaults."""
     config = load_config(DIGITS)
-    data = {"image_size", "channels"}
+    data = {"image_size", "channels", "classes", "null_label"}
     for section, function, less in (
         (config.model, UNet, data),
         (config.diffusion, GaussianDiffusion, set()),
         (config.sampling, make_steps, set()),
+        (config.guidance, Guidance, set()),
         (config.dataset, load_images, set()),
     ):
         parameters = inspect.signature(function).parameters.values()
-        keywords = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
+        named = function is Guidance  # a NamedTuple has no keywords alone
+        keywords = {p.name for p in parameters if named or p.kind == p.KEYWORD_ONLY}
         keys = set(type(section).model_fields)
         assert keywords - less - {"progress"} == keys - {"random_flip"}
-        assert all(p.default is p.empty for p in parameters if p.name in keys)
+        assert named or all(p.default is p.empty for p in parameters if p.name in keys)
 
 
 def test_overrides_win():
@@ -152,7 +156,7 @@ def test_a_new_key_may_not_change_when_a_run_continues():
         for key, info in field.annotation.model_fields.items()
         if info.json_schema_extra
     }
-    whole = {"hardware", "logging", "evaluation", "sampling"}
+    whole = {"hardware", "logging", "evaluation", "sampling", "guidance"}
     some = {"dataset.root", "dataset.cache", "training.max_steps", "training.max_skipped_steps"}
     assert {name for name in free if name.partition(".")[0] not in whole} == some
     for section in whole:

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -37,7 +38,7 @@ class Seconds(NamedTuple):
 def one_image(config: Config) -> tuple[Network, torch.Tensor, torch.Tensor]:
     """Return the network and an input, on the meta device."""
     network, data = build_network(config, "meta"), config.dataset
-    x = torch.empty(1, data.channels, data.image_size, data.image_size, device="meta")
+    x = torch.empty(1, *data.shape, device="meta")
     return network, x, torch.zeros(1, dtype=torch.long, device="meta")
 
 
@@ -91,13 +92,17 @@ def images_or_noise(config: Config) -> tuple[dict[str, Images], str]:
 
     data = config.dataset
     try:
-        if data.name != "digits" and not Path(data.root).exists():
+        if data.name not in ("digits", "emoji") and not Path(data.root).exists():
             raise FileNotFoundError(f"{data.root} (dataset.root) does not exist")
         return open_images(config, refuse), ""
     except (FileNotFoundError, NotDecoded) as error:
-        shape = config.training.batch_size, data.channels, data.image_size, data.image_size
+        shape = config.training.batch_size, *data.shape
         noise = torch.randint(0, 256, shape, dtype=torch.uint8).numpy()
-        images = {"train": Images(noise), "validation": Images(noise[:0])}
+        labels = np.zeros(len(noise), int) if data.classes else None
+        images = {
+            split: Images(some, labels=labels, classes=data.classes)
+            for split, some in (("train", noise), ("validation", noise[:0]))
+        }
         return images, str(error).partition(";")[0]
 
 
@@ -121,7 +126,8 @@ class Rehearsal:
         def run() -> None:
             for batch in islice(self.batches, count):
                 images = batch.images[:part].to(self.device, non_blocking=True)
-                self.module.update(Batch(images), self.optimizer, step=0)
+                labels = None if batch.labels is None else batch.labels[:part].to(self.device)
+                self.module.update(Batch(images, labels), self.optimizer, step=0)
 
         return timed(run, self.device) / count
 

@@ -40,10 +40,9 @@ class FitIntoMemory(pl.Callback):
 
     def _fits(self, module: DDPM, micro: int) -> bool:
         """Tell whether memory holds the gradient of a micro-batch; give up a failed compilation."""
-        hardware, data = self.config.hardware, self.config.dataset
+        hardware = self.config.hardware
         parameters = list(module.unet.parameters())
-        shape = (micro, data.channels, data.image_size, data.image_size)
-        x = torch.zeros(shape, device=module.device)
+        x = torch.zeros(micro, *self.config.dataset.shape, device=module.device)
         t = torch.zeros(micro, dtype=torch.long, device=module.device)
         try:
             # what Adam's moments and the ranks' gradients will take, which are not there yet

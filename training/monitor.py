@@ -42,10 +42,11 @@ class Monitor(pl.Callback):
         share = training.batch_size // trainer.world_size
         micro = module.micro or share
         epochs = training.max_steps * training.batch_size / len(images["train"])
+        classes = f", {len(data.classes)} classes" if data.classes else ""
         self.console.print(
             f"data: {data.name}, {len(images['train']):,} images of "
-            f"{data.channels}x{data.image_size}x{data.image_size}, {len(images['validation']):,} "
-            f"for validation, flips {'on' if data.random_flip else 'off'}\n"
+            f"{'x'.join(map(str, data.shape))}, {len(images['validation']):,} "
+            f"for validation, flips {'on' if data.random_flip else 'off'}{classes}\n"
             f"model: {parameters:,} parameters, T = {self.config.diffusion.timesteps}, on "
             f"{module.device}, {module.precision}\n"
             f"training: {training.max_steps:,} steps ({epochs:,.0f} epochs) of "

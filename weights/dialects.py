@@ -110,7 +110,8 @@ def _unet_of(tree: dict) -> dict[str, Any]:
     """Return diffusers' config.json of our config's sections dataset and model."""
     data, model = tree["dataset"], tree["model"]
     size, multipliers = data["image_size"], model["channel_multipliers"]
-    attends = [size // 2**i in model["attention_resolutions"] for i in range(len(multipliers))]
+    shorter = size if isinstance(size, int) else min(size)
+    attends = [shorter // 2**i in model["attention_resolutions"] for i in range(len(multipliers))]
     return _UNET_OURS | {
         "sample_size": size,
         "in_channels": data["channels"],

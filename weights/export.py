@@ -140,7 +140,8 @@ def write_diffusers(model: Model, folder: Path, license: str) -> None:
 def model_card(model: Model, license: str) -> str:
     """Return the README.md of a diffusers folder, as the Hub reads it."""
     config = model.config
-    size, T = config.dataset.image_size, config.diffusion.timesteps
+    height, width = config.dataset.size
+    size, T = f"{height}x{width}", config.diffusion.timesteps
     ema = f"the EMA of the weights, decay {config.training.ema_decay}"
     which = ema if model.weights == "ema" else "the last training weights, not their EMA"
     return f"""---
@@ -151,7 +152,7 @@ tags: [ddpm, diffusers, unconditional-image-generation]
 datasets: [{config.dataset.name}]
 ---
 
-# DDPM, {config.dataset.name}, {size}x{size}
+# DDPM, {config.dataset.name}, {size}
 
 A denoising diffusion probabilistic model (Ho et al. 2020, [arXiv 2006.11239](https://arxiv.org/abs/2006.11239))
 of {config.dataset.channels}-channel images, after {model.step:,} training steps of

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from config import Config
 from diffusion_utils import GaussianDiffusion
@@ -33,21 +34,25 @@ class Model(nn.Module):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of its images."""
-        data = self.config.dataset
-        return data.channels, data.image_size, data.image_size
+        return self.config.dataset.shape
 
-    def forward(self, x_t: Tensor, t: Tensor | int) -> Tensor:
-        """Return eps_hat [B, C, H, W] of x_t; t, 0-based, is [B] or one for all."""
-        return self.diffusion.predict_eps(x_t, t, self._predict(x_t, t))
+    def forward(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
+        """Return eps_hat [B, C, H, W] of x_t; t, 0-based, is [B] or one for all.
 
-    def predict_x_0(self, x_t: Tensor, t: Tensor | int) -> Tensor:
+        `labels`: [B, classes], with a 1 for each class of an image, or [B] numbers of classes.
+        """
+        return self.diffusion.predict_eps(x_t, t, self._predict(x_t, t, labels))
+
+    def predict_x_0(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
         """Return x0_hat [B, C, H, W], not clipped."""
-        return self.diffusion.predict_x_0(x_t, t, self._predict(x_t, t))
+        return self.diffusion.predict_x_0(x_t, t, self._predict(x_t, t, labels))
 
-    def _predict(self, x_t: Tensor, t: Tensor | int) -> Tensor:
+    def _predict(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None) -> Tensor:
         times = torch.tensor([t], device=x_t.device) if isinstance(t, int) else t
+        if labels is not None and labels.ndim == 1:
+            labels = one_hot(labels, len(self.config.dataset.classes)).float()
         with exact_float32():
-            return self.network(x_t, times)
+            return self.network(x_t, times, labels)
 
     def digest(self) -> str:
         """Return 16 hexadecimal digits of the weights and the process."""

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffusion_utils import from_uint8, reverse, to_uint8
 from evaluation.likelihood import Bound
-from generation import SeedNoise, generate, sampling_recipe
+from generation import Sampling, SeedNoise, generate
 from pl_utils import DDPM
 from weights import load_model, write_checkpoint
 
@@ -38,8 +38,8 @@ def model(place):
 
 
 def study_of(model, **sampling):
-    steps, recipe = sampling_recipe(model, sampling, source="runs/small", precision="float32")
-    return studies.Study(model, steps, recipe, lambda items, total: items)
+    plan = Sampling(model, sampling, source="runs/small", precision="float32")
+    return studies.Study(plan, plan.recipe(), lambda items, total: items)
 
 
 def pixels(*shape, seed=0):
