@@ -4,8 +4,7 @@ A config is data: frozen, checked once, the same in the YAML file, in the run's 
 checkpoint. `model`, `diffusion`, `sampling` and `guidance` mirror one constructor each (`UNet`,
 `GaussianDiffusion`, `make_steps`, `Guidance`). What a run is told is of four kinds: what is learned
 (`training`), where it runs (`hardware`), what is written down (`logging`) and what is measured
-meanwhile (`evaluation`). Facts of the data, `image_size`, `channels` and `classes`, are written
-once, under `dataset`. Defaults live here only.
+(`evaluation`). Facts of the data are written once, under `dataset`. Defaults live here only.
 """
 
 import json
@@ -101,7 +100,7 @@ class DatasetConfig(Section):
         if self.classes and not self.labels:
             raise ValueError("classes are of labels: say dataset.labels=true, too")
         if len(set(self.classes)) < len(self.classes):
-            raise ValueError("classes names one twice")
+            raise ValueError("classes has one name twice")
         if self.validation_fraction and self.name in WITH_TEST_SET:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; {self.name} validates on its "
@@ -271,8 +270,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
-        model = self.model
-        levels = len(model.channel_multipliers)
+        model, levels = self.model, len(self.model.channel_multipliers)
         factor = 2 ** (levels - 1)
         for side in self.dataset.size:
             if side % factor:
@@ -304,7 +302,7 @@ class Config(Section):
 
 
 def divisors(n: int) -> str:
-    """List the divisors of n, for hints."""
+    """Return the divisors of n, for hints."""
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 

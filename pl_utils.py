@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -51,6 +51,15 @@ def seed_device(device: torch.device, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
+
+
+class Draws(NamedTuple):
+    """What is random in a batch of B images, but dropout."""
+
+    t: Tensor  # [B]
+    eps: Tensor  # [B, C, H, W]
+    mirrored: Tensor  # bool [B]
+    labelled: Tensor  # bool [B]: whose label the network is told
 
 
 class DDPM(pl.LightningModule):
@@ -117,11 +126,8 @@ class DDPM(pl.LightningModule):
         rate, warmup = self.config.training.learning_rate, self.config.training.warmup_steps
         return rate * min(1.0, step / warmup) if warmup else rate
 
-    def draw(self, stream: int, index: int, count: int) -> tuple[Tensor, ...]:
-        """Draw t, eps [count, C, H, W], who is mirrored and who keeps its label, [count] each.
-
-        They are those of one whole batch.
-        """
+    def draw(self, stream: int, index: int, count: int) -> "Draws":
+        """Draw what is random in one whole batch."""
         generator = torch.Generator(self.device)
         generator.manual_seed(seed_of(self.config.training.seed, stream, index))
         data, T = self.config.dataset, self.diffusion.timesteps
@@ -132,7 +138,7 @@ class DDPM(pl.LightningModule):
         # the coin's side decides the flip, what lies below it where in the step's cells t falls
         cell = t * CELLS + ((2 * coin) % 1 * CELLS).long()
         t = torch.searchsorted(self.t_edges, cell, right=True)
-        return t, eps, coin < 0.5, kept >= self.config.training.label_dropout
+        return Draws(t, eps, coin < 0.5, kept >= self.config.training.label_dropout)
 
     def training_step(self, batch: Batch, _: int) -> None:
         """Make one update from this rank's share of the global batch."""
@@ -169,11 +175,11 @@ class DDPM(pl.LightningModule):
         config, count = self.config.training, len(batch.images)
         share = slice(rank * count, (rank + 1) * count)
         draws = self.draw(TRAIN, step, config.batch_size)
-        t, eps, heads, kept = (draw[share] for draw in draws)
+        t, eps, mirrored, labelled = (draw[share] for draw in draws)
         x_0 = from_uint8(batch.images)
-        labels = None if batch.labels is None else batch.labels * kept[:, None]
+        labels = None if batch.labels is None else batch.labels * labelled[:, None]
         if self.config.dataset.random_flip:
-            x_0 = torch.where(heads[:, None, None, None], x_0.flip(-1), x_0)
+            x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
 
         micro = self.micro or count
         mean_loss = torch.zeros((), device=self.device)

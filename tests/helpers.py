@@ -129,6 +129,8 @@ def load(tmp_path, name="folder", **changes):
         "fit": "crop",
         "validation_fraction": 0.0,
         "cache": str(tmp_path / "cache"),
+        "labels": False,
+        "classes": [],
     }
     return load_images(**{**keys, **changes})
 
@@ -166,10 +168,11 @@ def train(folder, *overrides, resume=None, callbacks=(), ddpm=None):
     """Train one run in this process; return the module and the optimizer's state after it."""
     from rich.console import Console
 
+    from dataset import with_classes
     from pl_utils import DDPM
     from training import ImageData, build_trainer
 
-    config = tiny(*overrides)
+    config = with_classes(tiny(*overrides))
     torch.manual_seed(next(salt))  # what the process did before is no matter
     ddpm = ddpm or DDPM(config)
     trainer = build_trainer(config, Path(folder), Console(quiet=True))

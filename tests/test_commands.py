@@ -312,7 +312,7 @@ def test_sample_options(place, options, tmp_path, monkeypatch):
         ("lightning_logs/smoke --eta 0.5", "--eta belongs to --sampler ddim"),
         ("lightning_logs/smoke sampling.eta=0.5", "--eta belongs to --sampler ddim"),
         ("lightning_logs/smoke sampling.etta=0.5", "no such key; did you mean eta?"),
-        ("lightning_logs/smoke training.seed=1", "here only sampling.key=value can be said"),
+        ("lightning_logs/smoke training.seed=1", "here only sampling.key=value and guidance.key=value"),
         ("lightning_logs/smoke --device tpu9", "--device tpu9"),
         ("lightning_logs/smoke --sampler euler", "--sampler"),
         ("lightning_logs/smoke --num-images 0", "--num-images"),

@@ -3,12 +3,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CIFAR, HQ, TINY, wake
+from helpers import CIFAR, HQ, TINY, assert_same, tiny, wake
 from official_keys import official_keys
 from torch import nn
 
 from config import load_config
+from dataset import with_classes
 from model import UNet, at_precision, build_network, group_count, timestep_embedding
+from pl_utils import DDPM
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,8 @@ def test_any_shape(multipliers, channels, base):
     net = UNet(
         image_size=24,
         channels=channels,
+        classes=0,
+        null_label=False,
         base_channels=base,
         channel_multipliers=multipliers,
         num_res_blocks=1,
@@ -185,7 +189,8 @@ def test_a_network_is_two_parts_and_one_embedding_does_for_all():
     x = torch.randn(3, 3, 8, 8)
     each = net(x, torch.full((3,), 17))
     rows = net.embed(torch.tensor([5, 17]))
-    torch.testing.assert_close(net.predict(x, rows[1:]), each, rtol=1e-5, atol=1e-5)
+    for row in (rows[1], rows[1:]):
+        torch.testing.assert_close(net.predict(x, row), each, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(net(x, torch.tensor([17])), each, rtol=1e-5, atol=1e-5)
     assert net.features(x, torch.tensor([17])).shape == (3, 64)
     rounded = at_precision(net, "bfloat16")
@@ -193,6 +198,43 @@ def test_a_network_is_two_parts_and_one_embedding_does_for_all():
     assert 1e-4 < error < 0.1
     assert torch.equal(rounded.embed(torch.tensor([17])), net.embed(torch.tensor([17])))
     assert at_precision(net, "float32") is net
+
+
+def test_transposed_images_and_kernels_give_a_transposed_prediction():
+    config = {**TINY, "image_size": 12, "attention_resolutions": [6], "classes": 5}
+    net = wake(UNet(**config)).eval()
+    turned = wake(UNet(**config)).eval()
+    for name, layer in turned.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data = layer.weight.data.mT.contiguous()
+    x, t, labels = torch.randn(2, 3, 12, 20), torch.tensor([3, 900]), torch.eye(5)[[1, 4]]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            net(x, t, labels).mT, turned(x.mT.contiguous(), t, labels), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("null_label", [True, False])
+def test_labels_join_the_time_before_its_last_swish(null_label):
+    net = wake(UNet(**{**TINY, "classes": 3, "null_label": null_label}))
+    t, (one, two, three), silu = torch.tensor([7]), torch.eye(3), nn.functional.silu
+    table, (first, second) = net.temb.label.weight, net.temb.dense
+    assert table.shape == (3 + null_label, 128)
+    temb = second(silu(first(timestep_embedding(t, 32))))
+    none = table[3] if null_label else 0
+    for labels, row in ((one, table[0]), (two, table[1]), (one + three, table[0] + table[2]),
+                        (0 * one, none)):  # fmt: skip
+        torch.testing.assert_close(net.embed(t, labels[None]), silu(temb + row))
+    assert torch.equal(net.embed(t), net.embed(t, torch.zeros(1, 3)))
+    with pytest.raises(ValueError, match=r"labels are \[1, 4\]; here they are \[B, 3\]"):
+        net.embed(t, torch.zeros(1, 4))
+
+
+def test_labels_change_no_other_initial_weight():
+    config = [f"dataset.labels={on}" for on in ("false", "true")]
+    plain, labelled = (DDPM(with_classes(tiny(on))).unet.state_dict() for on in config)
+    assert labelled.pop("temb.label.weight").shape == (11, 32)
+    assert_same(dict(plain), dict(labelled))
 
 
 def test_wrong_images_are_refused():

@@ -70,7 +70,8 @@ def on_gpu(tensor):
 def pretended_draw(stream, index, count):
     t = torch.empty(count, dtype=torch.long, device="cuda")
     eps = torch.empty(count, 1, 8, 8, device="cuda")
-    return t, eps, torch.empty(count, dtype=torch.bool, device="cuda")
+    coins = torch.empty(2, count, dtype=torch.bool, device="cuda")
+    return pl_utils.Draws(t, eps, *coins)
 
 
 class PretendedNoise:
@@ -131,7 +132,7 @@ def test_on_a_gpu_nothing_waits_and_the_loss_is_the_cpus():
     tallies = []
     for device in ("cpu", "cuda"):
         ddpm, here = DDPM(config).to(device), batch.to(device)
-        there = [v.to(device) for v in drawn]
+        there = pl_utils.Draws(*(v.to(device) for v in drawn))
         ddpm.draw = lambda *_, there=there: there
         optimizer = ddpm.configure_optimizers()
         ddpm.update(Batch(here), optimizer, step=0)  # builds what is built once; its rate is 0

@@ -10,7 +10,7 @@ from helpers import assert_same, steps_of, tiny, train
 import cli
 import pl_utils
 from config import load_config
-from dataset import Batch
+from dataset import Batch, with_classes
 from diffusion_utils import from_uint8
 from generation import SeedNoise, generate, make_denoiser
 from model import at_precision
@@ -50,6 +50,7 @@ class Watch(pl.Callback):
         ("hardware.num_workers=2", "logging.save_every=1"),
         ("hardware.micro_batch_size=4",),
         ("hardware.precision=bf16-mixed",),
+        ("dataset.labels=true", "dataset.image_size=[16, 8]", "hardware.micro_batch_size=4"),
         pytest.param(("hardware.compile=true",), marks=pytest.mark.slow),
     ],
 )
@@ -86,7 +87,7 @@ def test_the_step_is_the_papers(tmp_path):
     for step in range(6):
         for p, value in zip(net.parameters(), watch.weights[step], strict=True):
             p.data.copy_(value)
-        t, eps, _ = ddpm.draw(TRAIN, step, 8)
+        t, eps, *_ = ddpm.draw(TRAIN, step, 8)
         x_0 = from_uint8(watch.batches[step]).double()
         a = ddpm.diffusion.alpha_bar(t).view(-1, 1, 1, 1)
         x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps
@@ -132,7 +133,7 @@ def test_flips_are_half_and_only_when_asked(tmp_path):
 
     class See(pl.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            _, _, heads = module.draw(TRAIN, trainer.global_step, 64)
+            heads = module.draw(TRAIN, trainer.global_step, 64).mirrored
             x_0 = from_uint8(batch.images)
             seen.append((x_0, heads))
 
@@ -158,16 +159,37 @@ def test_flips_are_half_and_only_when_asked(tmp_path):
         assert (130 < flipped < 254) if flip else flipped == 0
 
 
+def test_the_network_is_told_all_labels_but_the_dropped_share(tmp_path):
+    overrides = ["dataset.labels=true", "training.label_dropout=0.25", "training.batch_size=64"]
+    told, wanted, dropped = [], [], 0
+
+    class See(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            nonlocal dropped
+            labelled = module.draw(TRAIN, trainer.global_step, 64).labelled
+            assert batch.labels.sum(1).eq(1).all()
+            wanted.append(batch.labels * labelled[:, None])
+            dropped += int((~labelled).sum())
+
+    ddpm = DDPM(with_classes(tiny(*overrides)))
+    embed = ddpm.unet.embed
+    ddpm.unet.embed = lambda t, labels: (told.append(labels), embed(t, labels))[1]
+    train(tmp_path, *overrides, "hardware.micro_batch_size=16", callbacks=[See()], ddpm=ddpm)
+    assert torch.equal(torch.cat(told), torch.cat(wanted))
+    assert 60 < dropped < 132  # of 384: 96, 4 sigma
+
+
 def test_draws_are_uniform_and_normal():
     ddpm = DDPM(tiny())
-    t, eps, heads = ddpm.draw(TRAIN, 0, 20_000)
+    t, eps, heads, labelled = ddpm.draw(TRAIN, 0, 20_000)
     assert torch.bincount(t, minlength=20).sub(1000).abs().max() < 160  # 5 sigma
     assert eps.mean().abs() < 0.005
     assert eps.std().sub(1).abs() < 0.005
     assert heads.float().mean().sub(0.5).abs() < 0.02
+    assert labelled.float().mean().sub(0.9).abs() < 0.01
     other = ddpm.draw(TRAIN, 1, 20_000)
     assert not torch.equal(t, other[0])
-    assert_same(list(ddpm.draw(TRAIN, 0, 20_000)), [t, eps, heads])
+    assert_same(list(ddpm.draw(TRAIN, 0, 20_000)), [t, eps, heads, labelled])
 
 
 # ---- numbers that are none
@@ -280,7 +302,7 @@ def test_validation_is_the_same_every_time(tmp_path):
     loss = ddpm.diffusion.loss
 
     def spy(network, x_0, t, eps, weight=None):
-        if network is ddpm.ema:  # validation; training asks `train_network`
+        if network.func is ddpm.ema:  # validation; training asks `train_network`
             seen.append((x_0, t, eps))
         return loss(network, x_0, t, eps, weight)
 
