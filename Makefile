@@ -10,12 +10,12 @@ RUN := digits-$(shell date +%Y%m%d-%H%M%S)
 
 demo: .venv/ready
 	$(BIN)/python train.py configs/digits.yml --run-name $(RUN)
-	$(BIN)/python sample.py lightning_logs/$(RUN) --num-images 64 --output-dir samples/$(RUN)
+	$(BIN)/python sample.py lightning_logs/$(RUN) --class-label all --num-images 8 --output-dir samples/$(RUN)
 	@echo
 	@echo "images:      samples/$(RUN)/grid.png"
 	@echo "checkpoint:  lightning_logs/$(RUN)/checkpoints/last.ckpt"
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir lightning_logs"
-	@echo "next:        $(BIN)/python sample.py lightning_logs/$(RUN) --num-images 8 --seed 64 --output-dir samples/more"
+	@echo "next:        $(BIN)/python sample.py lightning_logs/$(RUN) --class-label 3 --num-images 8 --output-dir samples/threes"
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -47,7 +47,6 @@ def free(default: Any = ..., **rules: Any) -> Any:
 
 
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]  # a shell leaves key=~/x alone
-Side = Annotated[int, Field(ge=4, le=16_384)]
 WITH_TEST_SET = ("mnist", "fashion-mnist", "cifar10", "flowers102", "emoji")
 
 
@@ -62,7 +61,7 @@ class DatasetConfig(Section):
     """which images; folder, zip, npy, ... are your own"""
     root: Folder = free("data")
     """where they are, or are downloaded to"""
-    image_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
+    image_size: int | list[int]
     """in pixels: of a square, or [height, width]"""
     channels: int = Field(3, ge=1, le=4)
     """1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha"""
@@ -79,10 +78,13 @@ class DatasetConfig(Section):
     classes: list[str] = []
     """their names; read from the data"""
 
-    @field_validator("image_size")
+    @field_validator("image_size", mode="before")
     @classmethod
     def _squares_are_one_number(cls, size: Any) -> Any:
-        return size[0] if isinstance(size, list) and size[0] == size[1] else size
+        sides = size if isinstance(size, list) and len(size) == 2 else [size]
+        if not all(type(side) is int and 4 <= side <= 16_384 for side in sides):
+            raise ValueError(f"{size} is neither a side of 4 ... 16384 pixels nor [height, width]")
+        return sides[0] if sides[0] == sides[-1] else size
 
     @property
     def size(self) -> tuple[int, int]:
@@ -309,8 +311,7 @@ def divisors(n: int) -> str:
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, check everything.
 
-    Raises:
-        ValueError: one line a fault: where, value, rule and hint. OSError: it cannot be read.
+    ValueError has one line a fault: where, value, rule and hint; OSError: it cannot be read.
     """
     tree = read_yaml(Path(path))
     for override in overrides:
@@ -329,8 +330,7 @@ def apply_override(tree: dict, override: str) -> None:
 
 def move_old_keys(tree: dict) -> list[str]:
     """Move what `training` once held to its sections, in place; return the keys as they are now."""
-    moved = []
-    training = tree["training"] if isinstance(tree.get("training"), dict) else {}
+    moved, training = [], tree["training"] if isinstance(tree.get("training"), dict) else {}
     for key in list(training):
         for section in ("hardware", "logging", "evaluation"):
             values = tree.setdefault(section, {}) if key in fields_of(section) else None

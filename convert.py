@@ -71,8 +71,9 @@ def export(
     """Write a model for other programs.
 
     diffusers: a folder with a model card that DDPMPipeline and DDIMPipeline load. safetensors: one
-    file with the config inside, that sample.py takes. onnx: the network, (x, t) -> its prediction,
-    for any number of images. Each is read back and compared before it gets its name.
+    file with the config inside, that sample.py takes. onnx: the network, (x, t), with labels where
+    it has them, -> its prediction, for any number of images. Each is read back and compared before
+    it gets its name.
     """
     from weights.export import export_model
 

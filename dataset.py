@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +30,20 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from config import Config
 from files import atomic_write, remove_leftovers
-from sources import Progress, Source, find_images, in_threads, open_files, why_unusable
+from sources import (
+    Progress,
+    Source,
+    count_classes,
+    find_images,
+    in_threads,
+    name_classes,
+    open_files,
+    why_unusable,
+)
+
+if TYPE_CHECKING:
+    from config import Config
 
 # errors of the system while a file is read, which say nothing about the file
 PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -92,7 +103,16 @@ class Images(Dataset):
         if self.labels is None:
             return None
         some = self.labels[self.rows[rows]]
-        return np.eye(len(self.classes), dtype=np.uint8)[some] if some.ndim == 1 else some
+        if some.ndim == 1:
+            some = (some[:, None] == np.arange(len(self.classes))).astype(np.uint8)
+        return some
+
+    def count_classes(self) -> dict[str, int]:
+        """Return how many images each class has."""
+        if self.labels is None:
+            return {}
+        counts = count_classes(self.labels[self.rows], len(self.classes)).tolist()
+        return dict(zip(self.classes, counts, strict=True))
 
     def __getitem__(self, rows: list[int]) -> Batch:
         labels = self.labels_of(rows)
@@ -145,7 +165,8 @@ class FolderImages:
 
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that change when the files do."""
-        return digest(json.dumps([self.source.identity, self.fit]).encode())
+        fit = self.fit and (self.fit if self.fit[1] != self.fit[2] else self.fit[:2])
+        return digest(json.dumps([self.source.identity, fit]).encode())
 
 
 def sides(shape: tuple[int, ...]) -> str:
@@ -200,65 +221,56 @@ def load_images(
     """Return {"train": ..., "validation": ...}; `validation` may be empty.
 
     A dataset with an official test set validates on that; others on a random
-    `validation_fraction`, the same for every seed. Decoded files are kept in `cache`.
+    `validation_fraction`, the same for every seed. Decoded files are kept in `cache`. Where
+    `labels` are wanted, each class has images to train on; `classes` are its names, if known.
 
     Raises:
-        FileNotFoundError: nothing at `root`. ValueError: too many files that cannot be used.
+        FileNotFoundError: nothing at `root`. ValueError: too many files that cannot be used, no
+            labels, other classes.
     """
     form = dict(image_size=image_size, channels=channels, fit=fit)
     show = progress or (lambda outcomes, total: outcomes)
     parts = {}
-    for split, found in find_images(name, Path(root), labels).items():
-        if found.pixels is not None:
-            parts[split] = Images(_fit_array(found.pixels, form))
+    for split, source in find_images(name, Path(root)).items():
+        if source.pixels is not None:
+            parts[split] = Images(_fit_array(source, form))
         else:
-            parts[split] = _decode(found, root, Path(cache), show, form)
+            parts[split] = _decode(source, root, Path(cache), show, form)
         if labels:
-            names = (
-                parts["train"].classes if split != "train" else find_classes(found, root, classes)
-            )
-            parts[split].labels, parts[split].classes = found.labels, names
-    if "validation" in parts:
-        return parts
-    images = parts["train"]
-    order = np.random.default_rng(0).permutation(len(images))
-    count = round(validation_fraction * len(order))
-    if count >= len(order):
-        raise ValueError(f"dataset.validation_fraction leaves none of {count} images to train on")
-    return {
-        "train": images.of(np.sort(order[count:])),
-        "validation": images.of(np.sort(order[:count])),
-    }
+            parts[split].labels, classes = _read_labels(source, root, classes)
+            parts[split].classes = classes
+    if "validation" not in parts:
+        images = parts["train"]
+        order = np.random.default_rng(0).permutation(len(images))
+        count = round(validation_fraction * len(order))
+        if count >= len(order):
+            hint = f"leaves none of {count} images to train on"
+            raise ValueError(f"dataset.validation_fraction {validation_fraction} {hint}")
+        rows = {"train": order[count:], "validation": order[:count]}
+        parts = {split: images.of(np.sort(some)) for split, some in rows.items()}
+    if empty := [name for name, count in parts["train"].count_classes().items() if not count]:
+        which = f"{empty[0]!r}" + f" and {len(empty) - 1} other classes" * (len(empty) > 1)
+        hint = "add some, or lower dataset.validation_fraction"
+        raise ValueError(f"{root} (dataset.root) has no images of {which} to train on; {hint}")
+    return parts
 
 
-def find_classes(source: Source, root: str, known: Sequence[str] = ()) -> list[str]:
-    """Return the names of a training set's classes; numbers where it has none, and none are known.
-
-    Raises:
-        ValueError: it has no labels, others than are known, or a class without images.
-    """
-    place, labels = f"{root} (dataset.root)", source.labels
-    if labels is None:
-        raise ValueError(f"dataset.labels: {place} has no labels; {source.why_unlabelled}")
-    held = np.bincount(labels) if labels.ndim == 1 else labels.sum(0)
-    names = list(source.classes or known or map(str, range(len(held))))
-    if known and names != list(known):
-        raise ValueError(f"dataset.classes are {list(known)}, and {place} has {names}")
-    if len(held) > len(names):
-        raise ValueError(f"{place} has {len(held)} classes, and these are named: {names}")
-    for number, name in enumerate(names):
-        if number >= len(held) or not held[number]:
-            raise ValueError(f"class {name!r} of {place} has no images")
-    return names
+def _read_labels(source: Source, root: str, known: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Return the labels of all images of a source and the names of their classes."""
+    try:
+        labels = source.labels()
+        return labels.of, name_classes(labels, known)
+    except ValueError as error:
+        raise ValueError(f"labels of {root} (dataset.labels=true): {error}") from None
 
 
-def with_classes(config: Config) -> Config:
+def with_classes(config: "Config") -> "Config":
     """Return a config with the classes of its data, where it wants labels."""
     data = config.dataset
     if not data.labels:
         return config
-    source = find_images(data.name, Path(data.root), labels=True)["train"]
-    classes = find_classes(source, data.root, data.classes)
+    source = find_images(data.name, Path(data.root))["train"]
+    _, classes = _read_labels(source, data.root, data.classes)
     return config.model_copy(update={"dataset": data.model_copy(update={"classes": classes})})
 
 
@@ -296,15 +308,16 @@ def fit_image(
 
 def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     """Return (height, width) of the config's image_size."""
-    sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
-    return sides[0], sides[1]
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height, width
 
 
-def _fit_array(images: np.ndarray, form: dict) -> np.ndarray:
-    """Bring uint8 [N, H, W, C] to [N, channels, H', W'] of the form."""
-    if images.shape[1:] == (*height_width(form["image_size"]), form["channels"]):
-        return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    return np.stack([fit_image(Image.fromarray(i.squeeze()), **form) for i in images])
+def _fit_array(source: Source, form: dict) -> np.ndarray:
+    """Return the images of a source in memory as [N, channels, H, W] of the form."""
+    assert source.pixels is not None
+    if source.pixels.shape[1:] == (*height_width(form["image_size"]), form["channels"]):
+        return np.ascontiguousarray(source.pixels.transpose(0, 3, 1, 2))
+    return np.stack([fit_image(source.open(i), **form) for i in range(len(source.names))])
 
 
 def _decode(source: Source, root: str, cache: Path, show: Progress, form: dict) -> Images:

@@ -102,7 +102,7 @@ def evaluate(
         if save_images:
             goes_on = f"the images are in {measurement.folder}; the same command continues"
         began = True
-        trainer.predict(OnEachDevice(measurement.work, measurement.model, measurement.extractor))
+        trainer.predict(OnEachDevice(measurement.work, *measurement.networks()))
         if trainer.is_global_zero:
             measurement.report(trainer.world_size)
     except (KeyboardInterrupt, SystemExit):  # the second is what Lightning makes of the first

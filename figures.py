@@ -104,6 +104,8 @@ def figures(
         if kind == "rate-distortion":  # the bound is that of ddpm over all T
             sampling |= {"sampler": "ddpm", "timesteps": None}
         model = load_model(checkpoint, weights).to(place)
+        if own := model.config.dataset.classes and "class_label" not in TAKES[kind]:
+            sampling |= {"class_label": ["all"], "guidance_scale": 1.0}  # whatever an image has
         guide = sampling.get("guide")
         plan = Sampling(
             model,
@@ -112,9 +114,10 @@ def figures(
             precision="float32",
             guide=load_model(guide, weights).to(place) if guide else None,
         )
-        if len(plan.labels) > 1:
+        if len(plan.labels) > 1 and not own:
             raise ValueError("a figure is of one --class-label")
-        recipe = plan.recipe(plan.labels[0]) | {"kind": kind, "seed": seed, **asked}
+        label = None if own else plan.labels[0]
+        recipe = plan.recipe(label) | {"kind": kind, "seed": seed, **asked}
         study = Study(plan, recipe, bar, seed=seed, batch_size=batch_size, **asked)
         STUDIES[kind](study, path)
     except KeyboardInterrupt:

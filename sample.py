@@ -6,7 +6,7 @@ if __name__ == "__main__":
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -29,9 +29,10 @@ from cli import (
 
 if TYPE_CHECKING:
     from generation import Sampling
+    from generation.folder import Job
 
 HELP = """
-Generate images with a trained model.
+Generate images with a trained model, or edit images with it.
 
 CKPT is a checkpoint, a run's folder, a safetensors file, a diffusers folder, or official weights;
 what is not said here is as in its config. The image of seed 7 is 000007.png whatever else is made
@@ -45,6 +46,8 @@ Examples:
   python sample.py --run-name digits --seeds 0-7,100 --upscale 8
   python sample.py lightning_logs/digits/checkpoints/last.ckpt \\
       --sampler dpm++ --timesteps 20 --output-dir quick
+  python sample.py CKPT --image photo.png --strength 0.6
+  python sample.py CKPT --inpaint photo.png --mask hole.png
 """
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -64,7 +67,10 @@ def sample(
             autocompletion=run_names,
         ),
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, max=10_000_000, help="Number of images.")] = 8,
+    num_images: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000_000, help="Number of images. Default: 8; with --encode 1."),
+    ] = None,
     device: Device = "auto",
     image_size: Annotated[
         str | None,
@@ -94,31 +100,88 @@ def sample(
     gif: Annotated[
         bool, typer.Option("--gif", help="Write chain.gif: how up to 36 emerge.")
     ] = False,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Start from an image with noise (SDEdit)."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="How much noise: 0 ... 1 of T, where 1 forgets the image. Default: 0.6."),
+    ] = None,
+    inpaint: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Fill a part of an image, its --mask (RePaint)."),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Black and white, of the image's size: white is filled, black stays as it is.",
+        ),
+    ] = None,
+    resample: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="How often each part is walked. Default: 10."),
+    ] = None,
+    jump: Annotated[
+        int | None, typer.Option(min=1, help="How many steps make such a part. Default: 10.")
+    ] = None,
+    encode: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="To its latent and back (DDIM): what the model keeps."),
+    ] = None,
+    between: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="FILE FILE", help="From one image to another, through their latents."),
+    ] = None,
 ) -> None:
     console, folder = plain_console(), output_dir
     try:
-        chosen = list(range(seed, seed + num_images)) if seeds is None else parse_seeds(seeds)
+        asked = {
+            "image": image,
+            "strength": strength,
+            "inpaint": inpaint,
+            "mask": mask,
+            "resample": resample,
+            "jump": jump,
+            "encode": encode,
+            "between": between,
+        }
         size = parse_size(image_size) if image_size else None
         source = which_model(checkpoint, run_name)
         device = usable_device(device)
         import torch
 
+        from dataset import fit_image
         from generation import Sampling, resolve_precision
-        from generation.folder import free_folder, missing_images
+        from generation.edit_options import (
+            INVERTING,
+            apply_edit,
+            choose_sampler,
+            which_edit,
+            which_seeds,
+        )
+        from generation.folder import Job, free_folder, missing_images
+        from generation.images import Copies, write_copies
         from generation.recipe import folder_name
         from weights import load_model
 
+        kind = which_edit(asked)
+        given = None if seeds is None else parse_seeds(seeds)
+        chosen = which_seeds(kind, seed, given, num_images)
         model = load_model(source, weights).to(device)
         guide = sampling.get("guide")
-        numbers = resolve_precision(model.config, torch.device(device), precision)
+        measured = kind in INVERTING and precision == "auto"  # so not in what merely looks the same
+        numbers = "float32" if measured else precision
         plan = Sampling(
             model,
-            sampling,
+            choose_sampler(kind, sampling, model.config.sampling.sampler),
             source=str(source),
-            precision=numbers,
+            precision=resolve_precision(model.config, torch.device(device), numbers),
             size=size,
             guide=load_model(guide, weights).to(device) if guide else None,
         )
+        plan, originals = apply_edit(plan, kind, asked, len(chosen), fit_image)
         if format == "jpg" and model.shape[0] in (2, 4):
             raise ValueError("--format jpg knows no transparency, which these images have; png")
         several = len(plan.labels) > 1
@@ -132,24 +195,16 @@ def sample(
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
         raise typer.Exit(fail(error)) from None
-    for note in model.notes:
-        console.print(f"assumed: {note}")
-    what = ""
-    if plan.labels != [None]:
-        shown = [str(label) for label in plan.labels]
-        what = f", {', '.join(shown[:8])}{f' and {len(shown) - 8} more' * (len(shown) > 8)}"
-    elif classes := model.config.dataset.classes:
-        known = ", ".join(classes[:8]) + ", ..." * (len(classes) > 8)
-        console.print(f"without labels; --class-label all, or one of: {known}")
-    scale = plan.guidance.scale
-    console.print(
-        f"{source} (step {model.step:,}, {model.weights} weights){what}: {plan.facts['sampler']}, "
-        f"{len(plan.steps)} steps{f', guidance {scale:g}' * (scale != 1)}, on {device} in {numbers}"
-    )
-    copies = Copies(grid, upscale, format, gif)
+    introduce(plan, console)
     jobs = [Job(label, folder / name, missing[name]) for name, label in rows.items()]
+    copies = Copies(grid, upscale, format, gif)
     try:
-        write_images(plan, jobs, chosen, batch_size, folder, copies, console)
+        write_images(plan, jobs, batch_size, console)
+        kept = len(chosen) * len(jobs) - sum(len(job.missing) for job in jobs)
+        there = f", {kept} were there already" if kept else ""
+        console.print(f"{len(chosen) * len(jobs) - kept} images written to {folder}{there}")
+        for line in write_copies(plan, jobs, chosen, originals, folder, copies):
+            console.print(line)
     except KeyboardInterrupt:
         console.print(f"stopped; what is finished is in {folder}, the same command continues")
         raise typer.Exit(130) from None
@@ -158,72 +213,35 @@ def sample(
         raise typer.Exit(1) from None
 
 
-class Job(NamedTuple):
-    """Images of one label, and where they go."""
+def introduce(plan: "Sampling", console: Console) -> None:
+    """Say what is about to be drawn, and by what."""
+    model, scale, what = plan.model, plan.guidance.scale, ""
+    for note in model.notes:
+        console.print(f"assumed: {note}")
+    if plan.labels != [None]:
+        shown = [str(label) for label in plan.labels]
+        what = f", {', '.join(shown[:8])}{f' and {len(shown) - 8} more' * (len(shown) > 8)}"
+    elif classes := model.config.dataset.classes:
+        known = ", ".join(classes[:8]) + ", ..." * (len(classes) > 8)
+        console.print(f"without labels; --class-label all, or one of: {known}")
+    facts = plan.facts
+    console.print(
+        f"{facts['checkpoint']} (step {model.step:,}, {model.weights} weights){what}: "
+        f"{facts['sampler']}, {len(plan.steps)} steps{f', guidance {scale:g}' * (scale != 1)}, "
+        f"on {model.device} in {facts['precision']}"
+    )
+    if "filled" in facts:
+        console.print(f"the mask is white, and filled, on {facts['filled']:.1%} of the image")
 
-    label: str | None
-    folder: Path
-    missing: list[int]  # seeds
 
+def write_images(plan: "Sampling", jobs: "list[Job]", batch_size: int, console: Console) -> None:
+    """Generate the missing images, and show how far it is."""
+    from generation.folder import write_missing
 
-class Copies(NamedTuple):
-    """What is written beside the numbered images."""
-
-    grid: bool
-    upscale: int | None
-    format: str
-    gif: bool
-
-
-def write_images(
-    plan: "Sampling",
-    jobs: list[Job],
-    chosen: list[int],
-    batch_size: int,
-    folder: Path,
-    copies: Copies,
-    console: Console,
-) -> None:
-    """Generate the missing images, write NNNNNN.png of each, and the copies of all."""
-    import torch
-
-    from generation import chain, generate, images
-
-    where: dict[str, Any] = dict(shape=plan.shape, device=plan.model.device)
     columns = TextColumn("{task.completed:.0f}/{task.total} images"), BarColumn()
     hidden, lacking = not console.is_terminal, sum(len(job.missing) for job in jobs)
-    batches = sum(-(-len(job.missing) // batch_size) for job in jobs)
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as bar:
-        advance = partial(bar.advance, bar.add_task("", total=lacking))
-        for label, place, missing in jobs:
-            how: dict[str, Any] = where | {"batch_size": batch_size, "advance": advance}
-            denoiser = plan.denoiser(label, batches=batches) if missing else None
-            for seeds, batch in generate(denoiser, plan.steps, missing, **how) if denoiser else ():
-                for seed, pixels in zip(seeds, batch, strict=True):
-                    recipe = plan.recipe(label) | {"seed": seed}
-                    images.write_png(images.image_file(place, seed), pixels, recipe)
-    kept = len(chosen) * len(jobs) - lacking
-    console.print(
-        f"{lacking} images written to {folder}" + (f", {kept} were there already" if kept else "")
-    )
-    if copies.grid:
-        width = 400 if len(jobs) == 1 else min(20, max(1, 400 // len(jobs)))
-        shown = torch.cat([images.read_images(job.folder, chosen[:width]) for job in jobs])
-        row = None if len(jobs) == 1 else min(width, len(chosen))
-        images.write_png(folder / "grid.png", images.image_grid(shown, row))
-        console.print(f"all together: {folder / 'grid.png'}")
-    for label, place, _ in jobs:
-        if copies.upscale:
-            there = images.read_images(place, chosen)
-            path = images.write_enlarged(place, chosen, there, copies.upscale)
-            console.print(f"also: {path}")
-        if copies.format != "png":
-            write = {"jpg": images.write_jpgs, "npz": images.write_npz}[copies.format]
-            console.print(f"also: {write(place, chosen, images.read_images(place, chosen))}")
-        if copies.gif:
-            states = chain(plan.denoiser(label), plan.steps, chosen[:36], **where)
-            path = images.write_gif(states, len(plan.steps), place / "chain.gif")
-            console.print(f"also: {path}")
+        write_missing(plan, jobs, batch_size, partial(bar.advance, bar.add_task("", total=lacking)))
 
 
 if __name__ == "__main__":

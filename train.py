@@ -185,15 +185,18 @@ def fit(config: Config, start: "Start", console: Console) -> int:
 
 def fine_tune(ddpm: "DDPM", files: "ModelFiles", console: Console) -> None:
     """Begin from weights alone: both sets from their EMA."""
-    from weights import copy_tensors
+    from weights import copy_tensors, starting_weights
 
+    state = starting_weights(files, ddpm.config)
     for network in (ddpm.unet, ddpm.ema):
-        copy_tensors(network, files.ema, files.path)
+        copy_tensors(network, state, files.path)
     step = f", after {files.step:,} steps" if files.step else ""
     console.print(f"weights from {files.path}{step}; a fresh optimizer, step 0")
     for line in differences(files.config, ddpm.config):
-        if line.startswith(("model.", "diffusion.")):
+        if line.startswith(("model.", "diffusion.", "dataset.classes")):
             console.print(f"not as where they come from: {line}")
+    if state is not files.ema:
+        console.print("other labels: it begins as the model is without one")
 
 
 def list_configs(console: Console) -> None:

@@ -23,11 +23,12 @@ class Extractor(nn.Module):
     Args:
         net: uint8 [B, 3, H, W] -> features, or a tuple of features and logits.
         name, digest: written beside every number; the digest is the weights' SHA-256.
+        resizes: it brings images to a square of its own size.
     """
 
-    def __init__(self, net: nn.Module, name: str, digest: str):
+    def __init__(self, net: nn.Module, name: str, digest: str, *, resizes: bool = False):
         super().__init__()
-        self.net, self.name, self.digest = net.eval(), name, digest
+        self.net, self.name, self.digest, self.resizes = net.eval(), name, digest, resizes
 
     @property
     def is_literature(self) -> bool:
@@ -94,7 +95,8 @@ def load_extractor(name: str = INCEPTION, weights: Path | None = None) -> Extrac
         raise ValueError(f"{weights or name} does not hold weights of {name}: {reason}") from None
     state = ((key, tensor.contiguous().numpy()) for key, tensor in net.state_dict().items())
     content = [weights.read_bytes()] if weights else [k.encode() + v.tobytes() for k, v in state]
-    return Extractor(net, name, hashlib.sha256(b"".join(content)).hexdigest())
+    # torch-fidelity's do
+    return Extractor(net, name, hashlib.sha256(b"".join(content)).hexdigest(), resizes=True)
 
 
 def _load_torchscript(path: Path, known: Iterable[str]) -> Extractor:

@@ -49,6 +49,7 @@ class Tally:
         order = torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(count))
         self.split_sizes = torch.tensor([i * count // splits for i in range(splits + 1)]).diff()
         self.split_of = torch.empty(count, dtype=torch.long)
+        self.told = torch.zeros(count, dtype=torch.long)  # the likeliest class of each image
         self.split_of[order] = torch.arange(splits).repeat_interleave(self.split_sizes)
 
     @classmethod
@@ -70,6 +71,7 @@ class Tally:
         slots = self.slot[rows]
         self.features[slots[slots >= 0]] = features[slots >= 0].float()
         if logits is not None:
+            self.told[rows] = logits.argmax(dim=1).cpu()
             p = logits.cpu().double().log_softmax(dim=1).exp()
             self.p.index_add_(0, self.split_of[rows], p)
             # xlogy: a class of probability 0 adds nothing
@@ -77,7 +79,7 @@ class Tally:
 
     def tensors(self) -> list[Tensor]:
         """Return all that adds up over processes."""
-        return [self.sum, self.products, self.p, self.p_log_p, self.features]
+        return [self.sum, self.products, self.p, self.p_log_p, self.features, self.told]
 
     def statistics(self) -> "Statistics":
         """Return what FID, KID, precision and recall compare."""

@@ -11,21 +11,24 @@ from rich.progress import track
 
 from config import Config, SamplingConfig, did_you_mean, load_config
 from dataset import FolderImages, Images, sides
+from evaluation.classes import Label, Labelled, as_matrix, assign_labels, rows_by_label
 from evaluation.extractor import Extractor, load_extractor
 from evaluation.likelihood import bound_times
-from evaluation.metrics import Statistics, Tally, load_statistics, spread
+from evaluation.metrics import KEPT, Statistics, Tally, load_statistics, spread
 from generation import Sampling, resolve_precision
+from generation.recipe import parse_labels
 from training.datamodule import open_images
 from weights import Model, load_model
 
 METRICS = {"fid": "FID", "is": "IS", "kid": "KID", "pr": "precision, recall", "nll": "NLL"}
+GUIDED = "labels", "guidance_scale", "guidance_interval", "guide"  # in the recipe of samples
 COMPARED = {"fid": 2, "kid": 2, "pr": 4}  # with a reference; how many images they need
 # Ho et al. 2020, Tables 1 and 3: L_simple, T = 1000, 50,000 images against the training set
 PAPER = {
-    ("cifar10", 32): {"FID": "3.17", "IS": "9.46 ± 0.11"},
-    ("lsun-church", 256): {"FID": "7.89"},
-    ("lsun-bedroom", 256): {"FID": "6.36; large 4.90"},
-    ("lsun-cat", 256): {"FID": "19.75"},
+    ("cifar10", (32, 32)): {"FID": "3.17", "IS": "9.46 ± 0.11"},
+    ("lsun-church", (256, 256)): {"FID": "7.89"},
+    ("lsun-bedroom", (256, 256)): {"FID": "6.36; large 4.90"},
+    ("lsun-cat", (256, 256)): {"FID": "19.75"},
 }
 PAPER_BITS = {
     "validation": {"NLL": "<= 3.75", "rate": "1.78", "distortion": "1.97"},
@@ -64,6 +67,7 @@ class Plan:
     Attributes:
         recipe: all that decides the numbers, as JSON.
         count, shape: how many images, of (C, H, W); rows: which of those that are there.
+        by_label: {label: its images, from 0 to count - 1}, which are drawn one label at a time.
     """
 
     model: Model | None = None  # it is measured, or
@@ -72,6 +76,8 @@ class Plan:
     reference: Images | FolderImages | Statistics | None = None
     extractor: Extractor | None = None  # where features are wanted, and then there is
     tally: Tally
+    guide: Model | None = None  # of the model's guidance
+    labelled: Labelled | None = None  # where the classes of the images are known
 
     def __init__(self, options: Options, console: Console):
         self.options, self.console = options, console
@@ -118,12 +124,14 @@ class Plan:
         else:
             self.model = load_model(source, options.weights)
             self.config, self.shape = self.model.config, self.model.shape
-            device = torch.device(options.device)
-            guide = options.sampling.get("guide")
+            device, weights = torch.device(options.device), self._weigh_labels(self.config)
+            if guide := options.sampling.get("guide"):
+                self.guide = load_model(guide, options.weights)
+            drawn = {"class_label": labels} if (labels := [*filter(None, weights)]) else {}
             self.sampling = Sampling(
-                self.model, options.sampling, source=str(source),
+                self.model, options.sampling | drawn, source=str(source),
                 precision=resolve_precision(self.config, device, options.precision),
-                guide=load_model(guide, options.weights).to(device) if guide else None,
+                guide=self.guide,
             )  # fmt: skip
             self.steps, self.drawing = self.sampling.steps, self.sampling.recipe()
             for note in self.model.notes:
@@ -132,15 +140,40 @@ class Plan:
         if self.images is not None:
             self.shape, there = self.images.shape, len(self.images)
             for key in options.sampling:
-                raise ValueError(f"--{key} is of a model, and {source} is images")
+                option = key.replace("_", "-")
+                raise ValueError(f"--{option} is of a model, and {source} is images")
             if (options.num_images or 0) > there:
                 raise ValueError(f"--num-images {options.num_images}: {source} has {there}")
             self.recipe["digest"] = self.images.fingerprint()
         self.count = options.num_images or there
         self.rows = spread(self.count, there)
         self.recipe["images"] = self.count
+        self.by_label = assign_labels(self.count, weights if self.model else {None: 1})
         if self.model:
             self.recipe["seeds"] = [options.seed, options.seed + self.count - 1]
+            if classes := self.model.config.dataset.classes:
+                named = {label or "no label": len(rows) for label, rows in self.by_label.items()}
+                self.recipe["labels"] = named
+                self.labelled = Labelled(classes, as_matrix(self.by_label, classes))
+        elif isinstance(self.images, Images) and self.images.classes:
+            matrix = as_matrix(rows_by_label(self.images, self.rows), self.images.classes)
+            self.labelled = Labelled(self.images.classes, matrix)
+
+    def _weigh_labels(self, config: Config) -> dict[Label, int]:
+        """Return {label: how often it is drawn}: what is asked for, or as training saw them."""
+        classes, asked = config.dataset.classes, self.options.sampling.get("class_label")
+        if asked:
+            return dict.fromkeys(parse_labels(asked, classes), 1)
+        if not classes:
+            return {None: 1}
+        try:
+            train = self.data["train"]
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}; or say --class-label all, which draws as many of each"
+            ) from None
+        found = rows_by_label(train, range(len(train)))
+        return {label: len(rows) for label, rows in found.items()}
 
     # ---- what is wanted, and what that needs
 
@@ -153,7 +186,9 @@ class Plan:
         if wanted & COMPARED.keys():
             why_not |= self._open_reference()
         if wanted - {"nll"}:
-            keep = {"kid", "pr"} & (wanted - why_not.keys())
+            # of features FID needs those of each class alone
+            of_each = {"kid", "pr", *(["fid"] if self.labelled else [])}
+            keep = of_each & (wanted - why_not.keys())
             why_not |= self._load_extractor(self.count if keep else 0)
         self.metrics = [m for m in METRICS if m in wanted - why_not.keys()]
         for metric in [m for m in METRICS if m in wanted & why_not.keys()]:
@@ -165,7 +200,7 @@ class Plan:
         self.recipe["metrics"] = self.metrics
         if self.metrics == ["nll"]:  # nothing is sampled
             self.extractor = None
-            for key in ("images", "seeds", "precision", *SamplingConfig.model_fields):
+            for key in ("images", "seeds", "precision", *GUIDED, *SamplingConfig.model_fields):
                 self.recipe.pop(key, None)
         if self.model and "nll" in self.metrics:
             self._prepare_likelihood(self.model)
@@ -198,6 +233,8 @@ class Plan:
             there, digest = len(real), real.fingerprint()
         self.reference = real
         self.recipe["reference"] = {"name": name, "digest": digest}
+        if self.labelled and isinstance(real, Images) and real.classes == self.labelled.classes:
+            self.labelled = self.labelled._replace(real=real.labels_of(spread(KEPT, len(real))))
         why_not = {
             metric: f"{few} images are too few for it, {least} are needed"
             for metric, least in COMPARED.items()
@@ -233,13 +270,15 @@ class Plan:
             "split": self.split, "images": len(self.nll_rows), "stride": stride,
             "variance": model.config.sampling.variance, "first seed": self.options.seed,
         }  # fmt: skip
+        if model.config.dataset.classes:
+            self.recipe["nll"]["labels"] = "each image's own"
 
     # ---- beside the paper
 
     def papers(self) -> dict[str, str]:
         """Return {metric: the paper's number} for this dataset."""
         data = self.config.dataset if self.config else None
-        numbers = PAPER.get((data.name, min(data.size)), {}) if data else {}
+        numbers = PAPER.get((data.name, data.size), {}) if data else {}
         bits = "IS" in numbers and "nll" in self.metrics  # CIFAR-10
         return numbers | (PAPER_BITS[self.split] if bits else {})
 
@@ -250,6 +289,9 @@ class Plan:
             found.append(f"{self.count:,} images, not 50,000")
         if extractor and not extractor.is_literature:
             found.append(f"features of {extractor.name}, not of the literature's Inception")
+        _, height, width = self.shape
+        if extractor and extractor.resizes and height != width:
+            found.append(f"{extractor.name} stretches images of {width}x{height} to a square")
         if extractor and self.reference is not None and reference != "train":
             found.append(f"against {reference}, not the training set")
         if self.model:
@@ -260,6 +302,10 @@ class Plan:
             )
             if extractor and (sampler, steps) != ("ddpm", T):
                 found.append(f"{sampler} of {steps} steps, not ddpm of {T:,}")
+            if self.recipe.get("labels"):
+                found.append("images of chosen classes, and the paper's model knows none")
+            if scale := self.recipe.get("guidance_scale"):
+                found.append(f"guidance {scale:g}")
             if self.model.weights != "ema":
                 found.append("raw weights, not the EMA")
         return found

@@ -16,8 +16,16 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
+from evaluation.classes import (
+    Label,
+    class_scores,
+    class_table,
+    overall_accuracy,
+    rows_by_label,
+    share_by_label,
+)
 from evaluation.distributed import Advance, Ranks, read, reference_statistics
 from evaluation.likelihood import Bound, bits_per_dim, likelihood_scores
 from evaluation.metrics import Score, Statistics, compute, save_arrays
@@ -25,6 +33,7 @@ from evaluation.protocol import Options, Plan
 from files import atomic_write
 from generation import generate, make_denoiser
 from generation.folder import fill, missing_seeds
+from generation.recipe import folder_name, label_vector
 from training.hardware import duration, timed
 from weights import Model
 
@@ -39,8 +48,7 @@ class Measurement(Plan):
 
     def __init__(self, options: Options, console: Console):
         super().__init__(options, console)
-        self.seeds = [options.seed + i for i in range(self.count)]
-        self.missing = set(self.seeds)
+        self.missing = {options.seed + row for row in range(self.count)}
         self.folder = self._choose_folder()
         self.seconds: dict[str, float] = {}
         self._announce()
@@ -68,14 +76,33 @@ class Measurement(Plan):
             wrong = f"{folder} holds another evaluation ({', '.join(differing)} differ)"
             raise ValueError(f"{wrong}; choose another --output")
         if self.options.save_images and self.model:
-            self.missing = set(missing_seeds(folder / "images", self.seeds, self.drawing))
+            missing = (
+                missing_seeds(
+                    self.place(folder, label), self.seeds(rows), self.sampling.recipe(label)
+                )
+                for label, rows in self.by_label.items()
+            )
+            self.missing = set().union(*missing)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def place(self, folder: Path, label: Label) -> Path:
+        """Return where images of a label are kept: with several labels each has its folder."""
+        several = len(self.by_label) > 1
+        return folder / "images" / (folder_name(label or "no label") if several else "")
+
+    def seeds(self, rows: list[int]) -> list[int]:
+        """Return the seeds of images: of the first, and 1 more for each next one."""
+        return [self.options.seed + row for row in rows]
 
     def _announce(self) -> None:
         shown = "step", "weights", "images", "sampler", "timesteps", "precision"
         how = ", ".join(f"{key} {self.recipe[key]}" for key in shown if self.recipe.get(key))
         self.console.print(f"{self.options.source}: {how}")
+        if labels := self.recipe.get("labels"):
+            few, many = min(labels.values()), max(labels.values())
+            each = f"{few:,}" if few == many else f"{few:,} to {many:,}"
+            self.console.print(f"labels: {len(labels)}, {each} images of each")
         if self.extractor:
             self.console.print(f"features: {self.extractor.name}, sha256 {self.extractor.digest}")
             if self.shape[0] in (2, 4):
@@ -83,6 +110,11 @@ class Measurement(Plan):
         self.console.print(f"output: {self.folder}")
 
     # ---- on each rank
+
+    def networks(self) -> list[nn.Module | None]:
+        """Return what must be on each rank's device."""
+        drawing = self.sampling.network if self.model else None  # a copy, in bfloat16
+        return [self.model, drawing, self.guide, self.extractor]
 
     def work(self, ranks: Ranks) -> None:
         """Measure the reference, then the images, then the likelihood."""
@@ -96,8 +128,8 @@ class Measurement(Plan):
                 found = reference_statistics(real, extractor, ranks, cache, size, advance)
             self.statistics = found
         if model := self.model:
-            batches = -(-len(self.missing) // (ranks.count * size))
-            self.denoiser = self.sampling.denoiser(self.sampling.labels[0], batches=batches)
+            lacking = [len(self.missing & set(self.seeds(rows))) for rows in self.by_label.values()]
+            self.batches = sum(-(-count // (ranks.count * size)) for count in lacking)
             self._forecast(ranks)
         if extractor:
             with self._stage("images", len(self.missing) // ranks.count) as advance:
@@ -108,21 +140,27 @@ class Measurement(Plan):
 
     def _images(self, ranks: Ranks, advance: Advance) -> Iterator[tuple[list[int], Tensor]]:
         """Yield (rows, uint8 images) of this rank, in an order that is always the same."""
-        size = self.options.batch_size
-        batches = [batch for batch in ranks.share(self.count, size) if batch]
-        if self.images is not None:
-            yield from read(self.images, self.rows, batches, advance)
-            return
+        for label, batches in share_by_label(ranks, self.by_label, self.options.batch_size):
+            if self.images is not None:
+                yield from read(self.images, self.rows, batches, advance)
+            else:
+                yield from self._draw(label, [*filter(None, batches)], ranks, advance)
+
+    def _draw(
+        self, label: Label, batches: list[list[int]], ranks: Ranks, advance: Advance
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        denoiser = self.sampling.denoiser(label, batches=self.batches)
         how: Any = {"shape": self.shape, "device": ranks.device, "advance": advance}
 
         def make(some: list[int]) -> Tensor:
-            ((_, images),) = generate(self.denoiser, self.steps, some, batch_size=size, **how)
+            ((_, images),) = generate(denoiser, self.steps, some, batch_size=len(some), **how)
             return images
 
-        seeds = [[self.seeds[row] for row in batch] for batch in batches]
+        seeds = [self.seeds(batch) for batch in batches]
         if self.options.save_images:
             # whatever is there already: sums in another order have other last digits
-            drawn = fill(self.folder / "images", seeds, self.missing, self.drawing, make)
+            place, recipe = self.place(self.folder, label), self.sampling.recipe(label)
+            drawn = fill(place, seeds, self.missing, recipe, make)
         else:
             drawn = ((some, make(some)) for some in seeds)
         for batch, (_, images) in zip(batches, drawn, strict=True):
@@ -130,38 +168,43 @@ class Measurement(Plan):
 
     def _measure_likelihood(self, model: Model, ranks: Ranks, advance: Advance) -> Bound:
         """Return, on rank 0, the bound of all images; the i-th has the noise of the seed + i."""
-        options, rows = self.options, self.nll_rows
-        denoiser = make_denoiser(model.network, model.diffusion)  # in float32, whatever is drawn in
-        # few images at a time, several t of each in a network call
-        batches = ranks.share(len(rows), max(1, options.batch_size // 16))
+        options, rows, images = self.options, self.nll_rows, self.data[self.split]
         t = torch.tensor(self.nll_times)
         bits, mse = torch.zeros(2, len(rows), len(t), dtype=torch.float64)
         found = Bound(t, bits, mse, prior=torch.zeros(len(rows), dtype=torch.float64))
-        for batch, x_0 in read(self.data[self.split], rows, batches, advance):
-            part = bits_per_dim(
-                denoiser, model.diffusion, x_0.to(ranks.device), [options.seed + i for i in batch],
-                variance=model.config.sampling.variance, batch_size=options.batch_size,
-                stride=options.stride,
-            )  # fmt: skip
-            for whole, some in zip(found[1:], part[1:], strict=True):
-                whole[batch] = some
+        # few images at a time, several t of each in a network call
+        few = max(1, options.batch_size // 16)
+        for label, batches in share_by_label(ranks, rows_by_label(images, rows), few):
+            vector = label_vector(label, images.classes) if label else None
+            # in float32, whatever is drawn in
+            denoiser = make_denoiser(model.network, model.diffusion, label=vector)
+            for batch, x_0 in read(images, rows, batches, advance):
+                part = bits_per_dim(
+                    denoiser, model.diffusion, x_0.to(ranks.device), self.seeds(batch),
+                    variance=model.config.sampling.variance, batch_size=options.batch_size,
+                    stride=options.stride,
+                )  # fmt: skip
+                for whole, some in zip(found[1:], part[1:], strict=True):
+                    whole[batch] = some
         ranks.add_up(*found[1:])
         return found
 
     def _forecast(self, ranks: Ranks) -> None:
         """Say how long it will take, measured on network calls of a batch of real size."""
-        batch = min(self.options.batch_size, self.count)
+        label, most = max(self.by_label.items(), key=lambda item: len(item[1]))
+        batch = min(self.options.batch_size, len(most))
         share = lambda count: math.ceil(count / ranks.count / batch)
         x = torch.zeros(batch, *self.shape, device=ranks.device)
-        run = lambda: self.denoiser(x, self.steps[0].t)
+        denoiser = self.sampling.denoiser(label, batches=self.batches)
+        run = lambda: denoiser(x, self.steps[0].t)
         call = median(timed(run, ranks.device) for _ in range(6))  # the first is slow
         said, total = [], 0.0
         if extractor := self.extractor:
             extract = lambda: extractor(x.to(torch.uint8))
             features = min(timed(extract, ranks.device) for _ in range(2))
-            batches, steps = share(len(self.missing)), len(self.steps)
-            total += batches * steps * call + share(self.count) * features
-            said.append(f"{batches:,} batches of {batch} images x {steps:,} steps")
+            steps = len(self.steps)
+            total += self.batches * steps * call + share(self.count) * features
+            said.append(f"{self.batches:,} batches of {batch} images x {steps:,} steps")
         if "nll" in self.metrics:
             calls = share(len(self.nll_rows) * len(self.nll_times))
             total += calls * call
@@ -195,8 +238,13 @@ class Measurement(Plan):
     def report(self, devices: int) -> None:
         """Print the table; write metrics.json and nll.npz."""
         start, scores = time.perf_counter(), dict[str, Score]()
+        by_class, without = dict[str, dict[str, float]](), list[str]()
         if self.extractor:
             scores = compute(self.metrics, self.tally, self.statistics)
+            if known := self.labelled:
+                how = self.metrics, self.tally, self.statistics, known, self.options.batch_size
+                by_class, without = class_scores(*how)
+                scores |= overall_accuracy(self.tally, known.labels)
         if self.bound and self.model:
             T = self.model.diffusion.timesteps
             scores |= likelihood_scores(self.bound, stride=self.options.stride, timesteps=T)
@@ -207,6 +255,7 @@ class Measurement(Plan):
                 name: score._asdict() if score.error is not None else {"value": score.value}
                 for name, score in scores.items()
             },
+            **({"classes": by_class, "without": without} if by_class else {}),
             "recipe": self.recipe,
             "not as in the paper": self.departures(),
             "versions": {name: version(name) for name in VERSIONS if find_spec(name)},
@@ -218,6 +267,11 @@ class Measurement(Plan):
         with atomic_write(self.folder / "metrics.json") as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         self._print(scores)
+        if by_class:
+            self.console.print(class_table(by_class))
+        for line in without:
+            self.console.print(line)
+        self.console.print(f"all of it: {self.folder / 'metrics.json'}")
 
     def _print(self, scores: dict[str, Score]) -> None:
         say, papers = self.console.print, self.papers()
@@ -233,4 +287,3 @@ class Measurement(Plan):
                 "compare only with numbers of as many")  # fmt: skip
         for line in self.departures():
             say(f"not as in the paper: {line}")
-        say(f"all of it: {self.folder / 'metrics.json'}")

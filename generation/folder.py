@@ -4,13 +4,24 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
-from generation.images import image_file, read_images, write_png
+from generation.generate import generate
+from generation.images import ORIGINALS, image_file, read_images, write_png
+from generation.recipe import Sampling
 
-BESIDE = "grid.png", "images.npz", "pictures.npz", "chain.gif", "enlarged"
+BESIDE = *ORIGINALS, "grid.png", "images.npz", "pictures.npz", "chain.gif", "enlarged"
+
+
+class Job(NamedTuple):
+    """Images of one label, and where they go."""
+
+    label: str | None
+    folder: Path
+    missing: list[int]  # seeds
 
 
 class OtherRecipe(ValueError):
@@ -110,3 +121,26 @@ def fill(
             for seed, pixels in zip(new, make(new), strict=True):
                 write_png(image_file(folder, seed), pixels, recipe | {"seed": seed})
         yield list(batch), read_images(folder, batch)
+
+
+def write_missing(
+    plan: Sampling, jobs: Sequence[Job], batch_size: int, advance: Callable[[float], object]
+) -> None:
+    """Generate what is missing, and write NNNNNN.png of each; `advance` as in `generate`."""
+    batches = sum(-(-len(job.missing) // batch_size) for job in jobs)
+    for label, folder, missing in jobs:
+        if not missing:
+            continue
+        denoiser, recipe = plan.denoiser(label, batches=batches), plan.recipe(label)
+        for seeds, images in generate(
+            denoiser,
+            plan.steps,
+            missing,
+            shape=plan.shape,
+            device=plan.model.device,
+            batch_size=batch_size,
+            advance=advance,
+            walk=plan.walk,
+        ):
+            for seed, pixels in zip(seeds, images, strict=True):
+                write_png(image_file(folder, seed), pixels, recipe | {"seed": seed})

@@ -140,6 +140,9 @@ class SeedNoise:
         return self.queue.pop()
 
 
+Walk = Callable[..., Iterator[tuple[Step, Tensor, Tensor]]]  # called as `chain` is
+
+
 def chain(
     denoiser: Denoiser,
     steps: list[Step],
@@ -169,6 +172,7 @@ def generate(
     device: torch.device | str = "cpu",
     batch_size: int = 64,
     advance: Callable[[float], object] = lambda images: None,
+    walk: Walk = chain,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield (seeds, images) of each batch: uint8 [B, C, H, W] on the CPU.
 
@@ -177,10 +181,11 @@ def generate(
         seeds: one an image, in the order that they are wanted.
         shape: (C, H, W).
         advance: hears after each network call how many images' worth it was.
+        walk: how a batch goes through the table; editing starts elsewhere, see `generation.edit`.
     """
     for start in range(0, len(seeds), batch_size):
         batch = list(seeds[start : start + batch_size])
-        for _, x, _ in chain(denoiser, steps, batch, shape=shape, device=device):
+        for _, x, _ in walk(denoiser, steps, batch, shape=shape, device=device):
             advance(len(batch) / len(steps))
         yield batch, to_uint8(x).cpu()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion_utils import Denoiser, make_steps
 from files import did_you_mean
-from generation.generate import Guidance, make_denoiser, pays_to_compile
+from generation.generate import Guidance, Walk, chain, make_denoiser, pays_to_compile
 from model import at_precision
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Sampling:
         labels: what to draw, each a class or several joined by +; [None] draws without.
         shape: (C, H, W) of the images.
         steps: the table.
+        walk, clip: how a batch goes through it, and whether x0_hat is clipped; see `edit`.
 
     Args:
         chosen: keys of the config's section `sampling`, and of `guidance` as guidance_scale, ...,
@@ -55,6 +56,8 @@ class Sampling:
                     f"--{option} belongs to --sampler {only}, and this is {settings['sampler']}"
                 )
         self.steps = make_steps(model.diffusion, **settings)
+        self.walk: Walk = chain
+        self.clip = True
         height, width = size or config.dataset.size
         for side in (height, width):
             if side % (multiple := model.network.size_multiple):
@@ -142,7 +145,7 @@ class Sampling:
             network = at_precision(self.guide.network, self.facts["precision"])
             theirs = vector if self.guide.config.dataset.classes else None
             worse = make_denoiser(network, self.guide.diffusion, clip=False, label=theirs, **how)
-        how |= {"label": vector, "guidance": self.guidance, "guide": worse}
+        how |= {"label": vector, "guidance": self.guidance, "guide": worse, "clip": self.clip}
         return make_denoiser(self.network, self.model.diffusion, **how)
 
 

@@ -1,6 +1,7 @@
 """Figures on paper: boards of images, charts, tables. They know numbers and images, no model."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from generation.images import save
 
 INK, GRAY, FAINT = "#1b1f24", "#6b7280", "#e5e7eb"
 OURS, THEIRS = "#2563eb", "#d97706"
-CELL = 0.62  # inches an image
+CELL = 0.62  # inches an image, if it is a square; others have its area
 FRAME, LAST_FRAME = 83, 2000  # milliseconds
 
 STYLE: dict[Any, Any] = {
@@ -85,17 +86,20 @@ class Board:
         column_gaps: Sequence[int] = (),
         row_gaps: Sequence[int] = (),
     ):
-        size = next(image.shape[-1] for image in cells[0] if image is not None)
-        self.scale = max(1, round(96 / size))
-        self.side = self.scale * size
-        dpi = self.side / CELL
+        height, width = next(image.shape[-2:] for image in cells[0] if image is not None)
+        self.scale = max(1, round(96 / math.sqrt(height * width)))
+        self.cell = self.scale * height, self.scale * width  # in dots
+        side = math.sqrt(math.prod(self.cell))
+        dpi = side / CELL
         inch = lambda inches: round(inches * dpi)
         left = inch(0.2 + 0.066 * max(map(len, rows), default=0) + 0.1 * bool(rows))
         top = inch(0.62 + 0.2 * bool(columns) + 0.24 * bool(headings))
-        self.x = [left + x for x in self._offsets(len(cells[0]), column_gaps)]
-        self.y = [top + y for y in self._offsets(len(cells), row_gaps)]
-        self.width = max(self.x[-1] + self.side + inch(0.2), inch(5.2))  # room for the note
-        self.height = self.y[-1] + self.side + inch(0.2)
+        small, large = max(1, int(side) // 16), int(side) // 4
+        place = lambda i, size, gaps: i * (size + small) + large * sum(g <= i for g in gaps)
+        self.y = [top + place(i, self.cell[0], row_gaps) for i in range(len(cells))]
+        self.x = [left + place(i, self.cell[1], column_gaps) for i in range(len(cells[0]))]
+        self.width = max(self.x[-1] + self.cell[1] + inch(0.2), inch(5.2))  # room for the note
+        self.height = self.y[-1] + self.cell[0] + inch(0.2)
         self.figure = Figure(figsize=(self.width / dpi, self.height / dpi), dpi=dpi)
         self.canvas = FigureCanvasAgg(self.figure)
         self.image = self.figure.figimage(self.compose(cells), origin="upper", zorder=-1)
@@ -103,30 +107,26 @@ class Board:
         axes.set(xlim=(0, self.width), ylim=(self.height, 0))
         axes.set_axis_off()
 
-        start, middle = inch(0.2) if rows else left, self.side / 2
+        start, middle, centre = inch(0.2) if rows else left, self.cell[0] / 2, self.cell[1] / 2
         self.title = axes.text(start, inch(0.2), title, va="top", size=11, weight="bold")
         axes.text(start, inch(0.42), note, va="top", size=7, color=GRAY)
         axes.text(left - inch(0.1), top - inch(0.06), corner, ha="right", va="bottom")
         for x, label in zip(self.x, columns, strict=False):
-            axes.text(x + middle, top - inch(0.06), label, ha="center", va="bottom")
+            axes.text(x + centre, top - inch(0.06), label, ha="center", va="bottom")
         for y, label in zip(self.y, rows, strict=False):
             axes.text(left - inch(0.1), y + middle, label, ha="right", va="center")
         over = top - inch(0.06 + 0.2 * bool(columns))
         for label, first, last in headings:
-            x = (self.x[first] + self.x[last]) / 2 + middle
+            x = (self.x[first] + self.x[last]) / 2 + centre
             axes.text(x, over, label, ha="center", va="bottom", weight="bold")
-
-    def _offsets(self, count: int, gaps: Sequence[int]) -> list[int]:
-        small, large = max(1, self.side // 16), self.side // 4
-        return [i * (self.side + small) + large * sum(g <= i for g in gaps) for i in range(count)]
 
     def compose(self, cells: Cells) -> np.ndarray:
         """Return the page without its words, uint8 [height, width, 3]."""
-        page = np.full((self.height, self.width, 3), 255, np.uint8)
+        page, (height, width) = np.full((self.height, self.width, 3), 255, np.uint8), self.cell
         for y, row in zip(self.y, cells, strict=True):
             for x, image in zip(self.x, row, strict=True):
                 if image is not None:
-                    page[y : y + self.side, x : x + self.side] = enlarged(image, self.scale)
+                    page[y : y + height, x : x + width] = enlarged(image, self.scale)
         return page
 
     def render(self, title: str, cells: Cells) -> np.ndarray:

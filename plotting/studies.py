@@ -15,10 +15,12 @@ from torch.nn.functional import normalize
 
 from dataset import Images, fit_image, load_images
 from diffusion_utils import Denoiser, Step, from_uint8, reverse, to_uint8
+from evaluation.classes import rows_by_label
 from evaluation.extractor import load_extractor
 from evaluation.likelihood import Bound, bits_per_dim
 from evaluation.metrics import spread
 from generation import Sampling, SeedNoise, generate
+from generation.edit import steps_from
 from model import exact_float32
 from plotting import boards
 from plotting.boards import Board, Cells, write_figure
@@ -147,18 +149,6 @@ def draw_chain(study: Study, output: Path) -> None:
 
 
 # ---- interpolation
-
-
-def steps_from(steps: list[Step], t: int) -> list[Step]:
-    """Return the part of a step table from t on, inclusive, or from the next time that it visits.
-
-    It starts where no earlier state is needed. Earlier estimates are missing there: the sum of
-    their coefficients makes the first step one of the first order.
-    """
-    starts = [i for i, step in enumerate(steps) if len(step.x) == 1]
-    start = next((i for i in starts if steps[i].t <= t), starts[-1])
-    first, *rest = steps[start:]
-    return [first._replace(x0=(sum(first.x0),)), *rest]
 
 
 def interpolate(
@@ -327,20 +317,24 @@ def rate_distortion(bound: Bound) -> tuple[np.ndarray, np.ndarray, float]:
 
 def draw_rate_distortion(study: Study, output: Path) -> None:
     (images, which), seeds = study.unseen(), study.seeds(16)
-    rows = spread(len(seeds), len(images))
-    bound = bits_per_dim(
-        study.denoiser,
-        study.model.diffusion,
-        images[rows].images.to(study.model.device),
-        seeds[: len(rows)],
-        variance=study.recipe["variance"],
-        batch_size=study.batch_size,
-        progress=study.track,
-    )
+    rows, parts = spread(len(seeds), len(images)), []
+    for label, some in rows_by_label(images, rows).items():
+        part = bits_per_dim(
+            study.plan.denoiser(label),
+            study.model.diffusion,
+            images[[rows[i] for i in some]].images.to(study.model.device),
+            [seeds[i] for i in some],
+            variance=study.recipe["variance"],
+            batch_size=study.batch_size,
+            progress=study.track,
+        )
+        parts.append(part)
+    bound = Bound(parts[0].t, *(torch.cat(terms) for terms in list(zip(*parts, strict=True))[1:]))
     rate, rmse, distortion = rate_distortion(bound)
+    labelled = images.labels is not None
     note = (
         f"{study}. {rate[0] + distortion:.2f} bits/dim = rate {rate[0]:.2f} + distortion "
-        f"{distortion:.2f}, over {len(rows)} {which} images"
+        f"{distortion:.2f}, over {len(rows)} {which} images{', each with its label' * labelled}"
     )
     figure = boards.plot_rate_distortion(rate, rmse, name=study.run, note=note)
     write_figure(figure, output, study.recipe)

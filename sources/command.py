@@ -1,5 +1,6 @@
 """`python dataset.py CONFIG`: report on a dataset before training."""
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,9 +30,9 @@ def report_on_images(
     """
     Look at a config's images before training: what they are and what becomes of them.
 
-    Counts, sizes, kinds, unreadable files, copies, the split and the values; 64 of them as training
-    sees them, as a PNG; and what had better change. Whatever is missing is downloaded and decoded,
-    as training would.
+    Counts, sizes, kinds, unreadable files, copies, the split, the values and the classes; 64 of
+    them as training sees them, as a PNG; and what had better change. Whatever is missing is
+    downloaded and decoded, as training would.
 
     Examples:
 
@@ -61,7 +62,7 @@ def report_on_images(
             raise ValueError(f"{sheet} is another image; choose another --contact-sheet")
         config = load_config(config_file, overrides or ())
         data = config.dataset
-        sources = find_images(data.name, Path(data.root), data.labels)
+        sources = find_images(data.name, Path(data.root))
         headers = report.read_headers(sources.values(), progress=bar)
         show(report.summarize_headers(config, headers))
         keys = data.model_dump(exclude={"random_flip"})
@@ -71,10 +72,12 @@ def report_on_images(
             sources.get(k, sources["train"]).names[i] for k, p in parts.items() for i in p.rows
         ]
         show(report.summarize_values(config, values, validation.digests, names))
+        classes = Counter(train.count_classes())
+        show(report.summarize_classes(classes))
         some = np.linspace(0, len(train) - 1, min(64, len(train))).astype(int)
         report.write_contact_sheet(train[some].images.numpy(), sheet)
         show({"sheet": [str(sheet)]})
-        advice = list(report.advise(config, headers, values, validation.digests))
+        advice = list(report.advise(config, headers, values, validation.digests, classes))
         title = "what may want changing:" if advice else "nothing to change"
         console.print("\n  * ".join([f"\n{title}", *advice]))
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 from sources.files import Source
+from sources.labels import Labels
 
 FONT, TABLE = "NotoColorEmoji.ttf", "emoji-test.txt"
 PLACES = Path("/usr/share/fonts/truetype/noto"), Path("/usr/share/unicode/emoji")
@@ -42,25 +43,23 @@ def open_emoji(root: Path) -> dict[str, Source]:
         raise ValueError(
             "Pillow joins emoji by raqm and FriBiDi, which are missing: apt install libfribidi0"
         )
-    rows = read_table(table)
+    rows, draw = read_table(table), Drawer(font)
     classes = list(dict.fromkeys(group for group, _, _ in rows))
     bases = sorted({base_of(text) for _, text, _ in rows})
     order = np.random.default_rng(0).permutation(len(bases))
     kept = {bases[i] for i in order[: round(len(bases) / 10)]}
-    draw = Drawer(font)
-    parts = {}
-    for split, is_kept in (("train", False), ("validation", True)):
-        some = [row for row in rows if (base_of(row[1]) in kept) == is_kept]
-        texts = [text for _, text, _ in some]
-        stats = [(p.name, p.stat().st_size) for p in (font, table)]
-        parts[split] = Source(
+    stats = [(path.name, path.stat().st_size) for path in (font, table)]
+
+    def part(split: str) -> Source:
+        some = [row for row in rows if (base_of(row[1]) in kept) == (split == "validation")]
+        return Source(
             ["emoji", stats, split],
             [name for _, _, name in some],
-            lambda row, texts=texts: draw(texts[row]),  # type: ignore[misc]
-            labels=np.array([classes.index(group) for group, _, _ in some]),
-            classes=classes,
+            lambda row: draw(some[row][1]),
+            labels=lambda: Labels(np.array([classes.index(row[0]) for row in some]), classes),
         )
-    return parts
+
+    return {split: part(split) for split in ("train", "validation")}
 
 
 def read_table(path: Path) -> list[tuple[str, str, str]]:

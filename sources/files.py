@@ -2,20 +2,21 @@
 
 import io
 import os
-import re
 import tarfile
 import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from sources.labels import NAMED, Labels, as_labels, labels_beside, labels_of_folders, no_labels
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 Progress = Callable[..., Any]  # wraps an iterable and knows `total=`
@@ -25,15 +26,13 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Source(NamedTuple):
-    """Images as they are found, most still to be decoded, and their labels."""
+    """Images as they are found, most still to be decoded."""
 
     identity: list  # JSON that changes when the images do; the cache goes by it
     names: list[str]
     open: Callable[[int], Image.Image]  # by row, in any thread; about in order is fastest
     pixels: np.ndarray | None = None  # uint8 [N, H, W, C], where they are in memory anyway
-    labels: np.ndarray | None = None  # [N], the number of a class, or uint8 [N, classes]
-    classes: Sequence[str] = ()  # their names, where there are any
-    why_unlabelled: str = "this set has none"  # what people could do
+    labels: Callable[[], Labels] = no_labels  # read when wanted; ValueError: there are none
 
 
 def in_threads(function: Callable[[int], T], count: int) -> Iterator[T]:
@@ -75,22 +74,7 @@ def open_files(root: Path) -> Source:
         raise ValueError(f"{place} is neither a folder nor a file (zip or tar), or is damaged")
     if not source.names:
         raise FileNotFoundError(f"{place} holds no images ({', '.join(EXTENSIONS)})")
-    return with_folders(source)
-
-
-def with_folders(source: Source) -> Source:
-    """Return a source whose classes are the folders that its files lie in, the outermost ones."""
-    folders = [name.removeprefix("./").partition("/") for name in source.names]
-    shared = {first for first, _, _ in folders}
-    if len(shared) == 1 and all(slash for _, slash, _ in folders):  # an archive of one folder
-        folders = [rest.partition("/") for _, _, rest in folders]
-    loose = next((n for n, f in zip(source.names, folders, strict=True) if not f[1]), None)
-    if loose is not None:
-        why = f"{loose} is in no sub-folder; a class is a sub-folder"
-        return source._replace(why_unlabelled=why)
-    classes = sorted({first for first, _, _ in folders})
-    labels = np.searchsorted(classes, [first for first, _, _ in folders])
-    return source._replace(labels=labels, classes=classes)
+    return source._replace(labels=partial(labels_of_folders, source.names))
 
 
 def files_under(root: Path) -> Iterator[Path]:
@@ -177,11 +161,11 @@ def of_array(
     identity: list | None = None,
     scale: float = 1,
     shift: float = 0,
-    **more: Any,
+    labels: Callable[[], Labels] = no_labels,
 ) -> Source:
     """Return [N, H, W, C] as a source; `scale` and `shift` bring other values to 0 ... 255.
 
-    Without an identity it is in memory. `more`: labels, classes.
+    Without an identity it is in memory.
     """
 
     def read(row: int) -> Image.Image:
@@ -191,18 +175,14 @@ def of_array(
         return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
     kept = None if identity else pixels
-    return Source(identity or [], [f"image {i}" for i in range(len(pixels))], read, kept, **more)
+    return Source(identity or [], [f"image {i}" for i in range(len(pixels))], read, kept, labels)
 
 
 def open_array(root: Path) -> Source:
-    """Open the images of an .npy or .npz file: [N, H, W], [N, H, W, C] or [N, C, H, W].
-
-    Labels are [N] or [N, classes], another array of the .npz or a file beside it that is called
-    labels, or as it with _labels (images_labels.npy).
-    """
+    """Open the images of an .npy or .npz file: [N, H, W], [N, H, W, C] or [N, C, H, W]."""
     place = f"{root} (dataset.root)"
     if root.is_dir():
-        files = sorted(p.name for p in root.glob("*.np[yz]") if not LABELS.search(p.stem))
+        files = sorted(p.name for p in root.glob("*.np[yz]") if not NAMED.search(p.stem))
         if len(files) != 1:
             holds = f"{place} holds {len(files)} .npy or .npz files"
             raise FileNotFoundError(f"{holds}; give one of them: {', '.join(files[:5])}")
@@ -213,9 +193,10 @@ def open_array(root: Path) -> Source:
     try:
         pixels = np.load(root, mmap_mode="r", allow_pickle=False)
         if isinstance(pixels, np.lib.npyio.NpzFile):
-            inside = {key: pixels[key] for key in pixels.files}
-            arrays = [array for array in inside.values() if array.ndim >= 3]
-            pixels = max(arrays, key=lambda array: array.size, default=np.empty(0))
+            arrays = {key: pixels[key] for key in pixels.files}
+            inside = {key: array for key, array in arrays.items() if 0 < array.ndim < 3}
+            large = [array for array in arrays.values() if array.ndim >= 3]
+            pixels = max(large, key=lambda array: array.size, default=np.empty(0))
     except Exception as error:  # zip, header, pickle: many kinds
         objects = "pickle" in str(error) or "Python objects" in str(error)
         reason = "it holds pickled objects, which are never loaded" if objects else error
@@ -229,61 +210,8 @@ def open_array(root: Path) -> Source:
         raise ValueError(f"{root} (dataset.root) holds {pixels.shape}; {forms}")
     stat = root.stat()
     identity = [str(root.resolve()), stat.st_size, stat.st_mtime_ns]
-    source = of_array(pixels, identity, *_byte_scale(pixels, root))
-    return source._replace(**_labels_beside(root, inside, len(pixels)))
-
-
-LABELS = re.compile(r"(^|[-_.])labels?$", re.IGNORECASE)
-
-
-def _labels_beside(root: Path, inside: dict[str, np.ndarray], count: int) -> dict[str, Any]:
-    """Return a source's `labels`, of the file itself or of one beside it, or `why_unlabelled`."""
-    found = {f"{root}:{key}": a for key, a in inside.items() if LABELS.search(key) or key == "y"}
-    beside = [p for p in sorted(root.parent.glob("*.np[yz]")) if LABELS.search(p.stem)]
-    own = [path for path in beside if path.stem.startswith(root.stem)] or beside
-    try:
-        for path in own if not found else ():
-            loaded = np.load(path, allow_pickle=False)
-            zipped = isinstance(loaded, np.lib.npyio.NpzFile)
-            found[str(path)] = loaded[loaded.files[0]] if zipped else loaded
-    except Exception as error:  # zip, header, pickle: many kinds
-        return {"why_unlabelled": f"{path} cannot be read as an array: {error}"}
-    if not found:
-        return {"why_unlabelled": f"put them beside it, as {root.stem}_labels.npy"}
-    if len(found) > 1:
-        return {"why_unlabelled": f"there are several: {', '.join(found)}"}
-    ((name, labels),) = found.items()
-    return labels_or_why(name, labels, count)
-
-
-def labels_or_why(
-    name: str, labels: np.ndarray, count: int, classes: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Return a source's `labels` and `classes`, or `why_unlabelled`."""
-    try:
-        return {"labels": as_labels(labels, count), "classes": classes}
-    except ValueError as error:
-        return {"why_unlabelled": f"{name} {error}"}
-
-
-def as_labels(labels: np.ndarray, count: int) -> np.ndarray:
-    """Return the labels of `count` images as [N] int64, or [N, classes] uint8 of 0 and 1.
-
-    Raises:
-        ValueError: they are of another number of images, or neither of the two.
-    """
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim not in (1, 2) or len(labels) != count:
-        raise ValueError(f"holds {labels.shape}; {count} images need ({count},) or ({count}, K)")
-    whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and (labels % 1 == 0).all())
-    if not whole or labels.size == 0 or labels.min() < 0:
-        raise ValueError("does not hold the numbers of classes, from 0 on")
-    if labels.ndim == 1:
-        return labels.astype(np.int64)
-    if labels.max() > 1:
-        raise ValueError(f"holds {labels.shape} with {labels.max():g}; a row is of 0 and 1")
-    return labels.astype(np.uint8)
+    labels = partial(labels_beside, root, inside, len(pixels))
+    return of_array(pixels, identity, *_byte_scale(pixels, root), labels)
 
 
 def _byte_scale(pixels: np.ndarray, root: Path) -> tuple[float, float]:
@@ -320,14 +248,16 @@ def open_huggingface(root: Path) -> Source:
     if not columns:
         raise ValueError(f"{root} (dataset.root) has no column of images: {list(data.features)}")
     identity = [str(root), data._fingerprint]
-    kinds = {k: kind for k, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)}
-    more: dict[str, Any] = {"why_unlabelled": "it has no ClassLabel"}
-    for key, kind in list(kinds.items())[:1]:
-        more = labels_or_why(key, np.asarray(data[key]), len(data), kind.names)
-    data = data.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
+    encoded = data.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
+
+    def labels() -> Labels:
+        for key, kind in data.features.items():
+            if isinstance(kind, datasets.ClassLabel):
+                return as_labels(np.asarray(data[key][:]), len(data), kind.names, f"column {key}")
+        raise ValueError(f"it has no column of ClassLabel: {list(data.features)}")
 
     def read(row: int) -> Image.Image:
-        image = data[row][columns[0]]
+        image = encoded[row][columns[0]]
         return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
 
-    return Source(identity, [f"image {row}" for row in range(len(data))], read, **more)
+    return Source(identity, [f"image {i}" for i in range(len(data))], read, labels=labels)

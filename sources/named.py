@@ -8,6 +8,7 @@ import os
 import pickle
 import socket
 import zlib
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,6 @@ from files import remove_leftovers
 from sources.emoji import open_emoji
 from sources.files import (
     Source,
-    as_labels,
     of_array,
     open_array,
     open_files,
@@ -28,6 +28,7 @@ from sources.files import (
     open_huggingface,
     open_lmdb,
 )
+from sources.labels import Labels, as_labels
 
 TIMEOUT = 60.0  # seconds without an answer
 
@@ -42,12 +43,10 @@ CLASSES = {
 }  # fmt: skip
 
 
-def find_images(name: str, root: Path, labels: bool = False) -> dict[str, Source]:
+def find_images(name: str, root: Path) -> dict[str, Source]:
     """Return {"train": ...} and, where there is an official test set, "validation".
 
-    Args:
-        root: where they are; it may also name a dataset of the Hub.
-        labels: of the sets that keep them in files of their own are wanted, too.
+    `root` may also name a dataset of the Hub.
 
     Raises:
         FileNotFoundError: nothing at `root`, and it cannot be downloaded. ValueError: damaged.
@@ -57,15 +56,15 @@ def find_images(name: str, root: Path, labels: bool = False) -> dict[str, Source
 
         digits = load_digits()
         pixels = (digits.images * (255 / 16)).round().astype(np.uint8)[..., None]
-        return {"train": of_array(pixels, labels=digits.target, classes=DIGITS)}
+        return {"train": of_array(pixels, labels=lambda: Labels(digits.target, DIGITS))}
     if name == "cifar10":
         train = _cifar10(root, [f"data_batch_{i}" for i in range(1, 6)])
         return {"train": train, "validation": _cifar10(root, ["test_batch"])}
     if name in ("mnist", "fashion-mnist"):
         parts = {"train": "train", "validation": "t10k"}
-        return {split: _mnist(name, root, part, labels) for split, part in parts.items()}
+        return {split: _mnist(name, root, part) for split, part in parts.items()}
     if name == "flowers102":
-        return _flowers102(root, labels)
+        return _flowers102(root)
     if name == "emoji":
         return open_emoji(root)
     if name.startswith("lsun-"):
@@ -109,15 +108,15 @@ def download(
     )
 
 
-def _mnist(name: str, root: Path, part: str, labels: bool) -> Source:
+def _mnist(name: str, root: Path, part: str) -> Source:
     """Return the images of `part`, train or t10k, from idx files, packed or not."""
     pixels = _idx(name, root, f"{part}-images", "idx3")[..., None]
-    if not labels:
-        return of_array(pixels)
-    numbers = _idx(name, root, f"{part}-labels", "idx1").astype(np.int64)
-    if len(numbers) != len(pixels) or (len(numbers) and numbers.max() > 9):
-        raise ValueError(f"{root}: the labels of {part} are not those of its images")
-    return of_array(pixels, labels=numbers, classes=CLASSES[name])
+
+    def labels() -> Labels:
+        numbers = _idx(name, root, f"{part}-labels", "idx1")
+        return as_labels(numbers, len(pixels), CLASSES[name], f"{part}-labels")
+
+    return of_array(pixels, labels=labels)
 
 
 def _idx(name: str, root: Path, stem: str, kind: str) -> np.ndarray:
@@ -144,7 +143,7 @@ def _idx(name: str, root: Path, stem: str, kind: str) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape.tolist())
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(
-            f"{path} is damaged or no idx file of images ({error}); delete it to download it again"
+            f"{path} is damaged or no idx file ({error}); delete it to download it again"
         ) from None
 
 
@@ -168,14 +167,15 @@ def _cifar10(root: Path, names: list[str]) -> Source:
                 content = np.fromfile(path, np.uint8).reshape(-1, 3073)
                 pixels, numbers = content[:, 1:], content[:, 0]  # label, then pixels
             rows.append(pixels.astype(np.uint8, casting="safe").reshape(-1, 3, 32, 32))
-            labels.append(as_labels(numbers, len(pixels)))
+            labels.append(numbers)
         except FileNotFoundError:
             hint = "delete its folder to download it again"
             raise FileNotFoundError(f"{path} is missing; {hint}") from None
         except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"{path} is damaged or no CIFAR-10 batch: {error}") from None
-    pixels = np.concatenate(rows).transpose(0, 2, 3, 1)
-    return of_array(pixels, labels=np.concatenate(labels), classes=CLASSES["cifar10"])
+    images = np.concatenate(rows).transpose(0, 2, 3, 1)
+    numbers, names = np.concatenate(labels), CLASSES["cifar10"]
+    return of_array(images, labels=lambda: as_labels(numbers, len(images), names, "CIFAR-10"))
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -194,9 +194,9 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks to run {module}.{name}, which is refused")
 
 
-def _flowers102(root: Path, labels: bool) -> dict[str, Source]:
+def _flowers102(root: Path) -> dict[str, Source]:
     """Train on the official train and val sets (2,040), validate on the test set (6,149)."""
-    from scipy.io import loadmat
+    from torchvision.datasets import Flowers102
 
     home = root if (root / "jpg").is_dir() else root / "flowers-102"
     site = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
@@ -204,27 +204,33 @@ def _flowers102(root: Path, labels: bool) -> dict[str, Source]:
     if not (home / "jpg").is_dir():
         md5 = "52808999861908f626f3c1f4e79d11fa"
         download([f"{site}102flowers.tgz"], home / "jpg", md5=md5, member="jpg", hint=hint)
-    digests = {"setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
-    if labels:
-        digests["imagelabels.mat"] = "e0620be6f572b9609742df49c70aed4d"
-    found: dict[str, np.ndarray] = {}
-    for name, md5 in digests.items():
-        if not (path := home / name).exists():
-            download([f"{site}{name}"], path, md5=md5, hint=hint)
+
+    def read(file: str, md5: str, keys: list[str]) -> list[np.ndarray]:
+        from scipy.io import loadmat
+
+        if not (path := home / file).exists():
+            download([f"{site}{file}"], path, md5=md5, hint=hint)
         try:
-            found |= loadmat(path)
+            content = loadmat(path)
+            return [content[key].ravel() for key in keys]
         except Exception as error:  # a damaged .mat can raise anything
             again = "delete it to download it again"
             raise ValueError(f"{path} is damaged ({error}); {again}") from None
+
+    def labels(ids: np.ndarray) -> Labels:
+        (of_all,) = read("imagelabels.mat", "e0620be6f572b9609742df49c70aed4d", ["labels"])
+        if ids.max() > len(of_all):
+            raise ValueError(f"imagelabels.mat holds {len(of_all)}; there are {ids.max()} images")
+        numbers = of_all[ids - 1].astype(int) - 1  # both count from 1
+        return as_labels(numbers, len(ids), Flowers102.classes, "imagelabels.mat")
+
+    keys = ["trnid", "valid", "tstid"]
+    train, valid, test = read("setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c", keys)
     sources = {}
-    for split, keys in {"train": ("trnid", "valid"), "validation": ("tstid",)}.items():
-        try:
-            ids = np.sort(np.hstack([found[key] for key in keys]).ravel())  # as their names do
-            more = {"labels": found["labels"].ravel()[ids - 1].astype(int) - 1} if labels else {}
-        except Exception as error:
-            raise ValueError(f"{home}/*.mat are damaged: {error!r}; delete them") from None
+    for split, ids in {"train": np.hstack([train, valid]), "validation": test}.items():
+        ids = np.sort(ids)  # as the names of the files, which `open_folder` sorts
         source = open_folder(home / "jpg", [f"image_{i:05d}.jpg" for i in ids])
-        sources[split] = source._replace(**more)
+        sources[split] = source._replace(labels=partial(labels, ids))
     return sources
 
 

@@ -103,9 +103,13 @@ def describe_fit(size: tuple[int, int], target: tuple[int, int], fit: str) -> st
 
 
 def advise(
-    config: Config, headers: Headers, values: Values, validation: list[bytes]
+    config: Config,
+    headers: Headers,
+    values: Values,
+    validation: list[bytes],
+    classes: Counter[str],
 ) -> Iterator[str]:
-    """Yield what may want changing, with the override; `values` are of the training images."""
+    """Yield what may want changing, with the override; all but headers are of training images."""
     data, count, trained_on = config.dataset, len(values.digests), set(values.digests)
     (height, width), channels, total = data.size, data.channels, max(1, headers.sizes.total())
     if channels >= 3 and values.gray:
@@ -116,21 +120,24 @@ def advise(
         yield f"there are color images: dataset.channels={channels + 2} keeps color"
     if channels in (1, 3) and (clear := headers.transparent):
         yield f"transparency of {clear:,} becomes white: dataset.channels={channels + 1} keeps it"
-    sides = np.array(list(headers.sizes.elements())).reshape(-1, 2)
-    scale = sides / (width, height)  # sides: width, height
-    if (small := int((scale.min(1) < 1).sum())) > total // 100:
-        factor = 2 ** (len(config.model.channel_multipliers) - 1)
-        nearest = max(factor, int(np.median(sides.min(1))) // factor * factor)
-        square = height == width and 4 <= nearest < height
-        better = f": dataset.image_size={nearest}" if square else ""
-        yield (
-            f"{small:,} images are smaller than {width}x{height}; enlarging makes them soft{better}"
-        )
-    lost = 1 - (scale.min(1) / scale.max(1)).mean() if len(sides) else 0
-    if lost > 0.3 and data.fit == "crop":
-        yield f"the centre crop leaves {lost:.0%} of the area out: dataset.fit=pad keeps it"
-    if lost > 0.3 and data.fit == "pad":
-        yield f"{lost:.0%} of the area is black margin: dataset.fit=crop cuts instead"
+    sizes = np.array(list(headers.sizes.elements())).reshape(-1, 2)[:, ::-1]  # height, width
+    factor = 2 ** (len(config.model.channel_multipliers) - 1)
+    scale = (sizes / data.size).min(1)
+    if (small := int((scale < 1).sum())) > total // 100:
+        best = [int(np.median(scale) * side + 1e-6) // factor * factor for side in data.size]
+        better = f": {_image_size(*best)}" if 4 <= min(best) < min(data.size) else ""
+        what = f"{small:,} images are smaller than {width}x{height}"
+        yield f"{what}; enlarging makes them soft{better}"
+    if (lost := _lost(sizes, data.size)) > 0.3:
+        aspect, short = np.median(sizes[:, 0] / sizes[:, 1]), min(data.size)
+        long = round(short * max(aspect, 1 / aspect) / factor) * factor
+        theirs = (long, short) if aspect > 1 else (short, long)
+        shape = f", {_image_size(*theirs)} has their shape" if _lost(sizes, theirs) < 0.2 else ""
+        if data.fit == "crop":
+            part = f"the centre crop leaves {lost:.0%} of the area out"
+            yield f"{part}: dataset.fit=pad keeps it{shape}"
+        else:
+            yield f"{lost:.0%} of the area is black margin: dataset.fit=crop cuts instead{shape}"
     used = np.flatnonzero(values.histogram[:3].sum(0))
     if np.ptp(used) < 64:
         yield f"all values lie in {used[0]} ... {used[-1]} of 0 ... 255: are the files well scaled?"
@@ -140,6 +147,11 @@ def advise(
         yield f"{copies:,} of {count:,} training images are copies: those are memorized first"
     if leaked := sum(digest in trained_on for digest in validation):
         yield f"{leaked:,} validation images are trained on, too: remove the copies"
+    if classes:
+        (most, many), (least, few) = classes.most_common()[0], classes.most_common()[-1]
+        if few < 20 or few * 50 < many:
+            rare = "rare classes are learned late and memorized"
+            yield f"{many:,} images are of {most!r}, {few:,} of {least!r}: {rare}"
     may_flip = data.name not in ("digits", "mnist")
     if data.random_flip and not may_flip:
         yield "a mirrored digit is no digit: dataset.random_flip=false"
@@ -151,6 +163,16 @@ def advise(
         yield "nothing validates, so memorization goes unseen: dataset.validation_fraction=0.05"
     if (batch := config.training.batch_size) > count:
         yield f"a step takes {batch} images and there are {count}: lower training.batch_size"
+
+
+def _lost(sizes: np.ndarray, target: tuple[int, int]) -> float:
+    """Return the mean share of area that a change of aspect loses; sizes: [N, 2], height, width."""
+    scale = sizes / target
+    return 1 - float((scale.min(1) / scale.max(1)).mean()) if len(sizes) else 0.0
+
+
+def _image_size(height: int, width: int) -> str:
+    return f"dataset.image_size={height if height == width else [height, width]}"
 
 
 def write_contact_sheet(images: np.ndarray, path: Path) -> None:
@@ -185,9 +207,17 @@ def is_contact_sheet(path: Path) -> bool:
 def summarize_headers(config: Config, headers: Headers) -> dict[str, list[str]]:
     """Return lines by label: what the files are, and what becomes of each size."""
     data = config.dataset
-    place = f" at {data.root}" if data.name != "digits" else ""
+    place = f" at {data.root}" if data.name not in ("digits", "emoji") else ""
     sizes = _most_common(headers.sizes, lambda s: describe_fit(s, data.size, data.fit))
     return {"set": [data.name + place], "sizes": sizes, "kinds": _most_common(headers.modes, str)}
+
+
+def summarize_classes(classes: Counter[str]) -> dict[str, list[str]]:
+    """Return the number of classes and the images of the most and the least common ones."""
+    shown = [f"{name} {count:,}" for name, count in classes.most_common()]
+    if len(shown) > 12:
+        shown[6:-3] = ["..."]
+    return {"classes": [f"{len(classes):,}: {', '.join(shown)}"]} if shown else {}
 
 
 def _most_common(counts: Counter, describe: Callable[..., str]) -> list[str]:

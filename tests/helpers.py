@@ -103,16 +103,17 @@ def noise_image(seed, size=(8, 8), mode="RGB"):
 
 
 def write_cifar(root, count=5, form="py"):
+    """Write six batches; return their pixels. The label of an image is its first byte modulo 10."""
     folder = root / f"cifar-10-batches-{form}"
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (6, count, 3072), dtype=np.uint8)
     for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        labels = pixels[i, :, :1] % 10
         if form == "py":
-            batch = {b"batch_label": b"x", b"labels": [0] * count, b"data": pixels[i]}
+            batch = {b"batch_label": b"x", b"labels": labels[:, 0].tolist(), b"data": pixels[i]}
             (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
         else:
-            labels = np.zeros((count, 1), np.uint8)
             np.concatenate([labels, pixels[i]], 1).tofile(folder / f"{name}.bin")
     return pixels.reshape(6, count, 3, 32, 32)
 

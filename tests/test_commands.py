@@ -184,7 +184,7 @@ def test_two_devices_are_one_run(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
     common = (
         "configs/smoke.yml model.dropout=0.0 hardware.precision=32-true hardware.accelerator=cpu "
-        "logging.log_every=1 "
+        "logging.log_every=1 dataset.labels=true "
         "evaluation.validate_every=10 training.max_steps=30"
     )
     two = "hardware.devices=2 hardware.micro_batch_size=2"
@@ -312,7 +312,10 @@ def test_sample_options(place, options, tmp_path, monkeypatch):
         ("lightning_logs/smoke --eta 0.5", "--eta belongs to --sampler ddim"),
         ("lightning_logs/smoke sampling.eta=0.5", "--eta belongs to --sampler ddim"),
         ("lightning_logs/smoke sampling.etta=0.5", "no such key; did you mean eta?"),
-        ("lightning_logs/smoke training.seed=1", "here only sampling.key=value and guidance.key=value"),
+        (
+            "lightning_logs/smoke training.seed=1",
+            "here only sampling.key=value and guidance.key=value",
+        ),
         ("lightning_logs/smoke --device tpu9", "--device tpu9"),
         ("lightning_logs/smoke --sampler euler", "--sampler"),
         ("lightning_logs/smoke --num-images 0", "--num-images"),

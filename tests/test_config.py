@@ -107,6 +107,13 @@ def test_overrides_win():
         ("training.batch_size=1000000007", "training.batch_size: 1000000007"),
         ("dataset.name=" + "x" * 5000, "xxx...xxx"),
         ("dataset.image_size=9", "cannot be halved 1 times"),
+        ("dataset.image_size=[8,9]", "dataset.image_size 9 cannot be halved 1 times"),
+        ("dataset.image_size=[8,8,8]", "image_size: [8, 8, 8] is neither a side of 4"),
+        (
+            "dataset.image_size=2",
+            "image_size: 2 is neither a side of 4 ... 16384 pixels nor [height, width]",
+        ),
+        ("dataset.classes=[a,a]", "has one name twice"),
         ("dataset.name=cifar", "dataset.name: 'cifar'"),
         ("model.attention_resolutions=[16]", "[8, 4]"),
         ("model.channel_multipliers=[1,0]", "channel_multipliers.1: 0"),

@@ -84,6 +84,13 @@ def test_digits(tmp_path):
 
     expected = np.sort((load_digits().images * 255 / 16).round().reshape(1797, -1).sum(1))
     assert np.array_equal(np.sort(together.flatten(1).sum(1).numpy()), expected)
+    labelled = load(tmp_path, "digits", channels=1, validation_fraction=0.1, labels=True)
+    for split, part in labelled.items():
+        assert np.array_equal(part.rows, parts[split].rows)
+        rows = list(range(len(part)))
+        assert np.array_equal(part[rows].labels.argmax(1), load_digits().target[part.rows])
+    assert sum(labelled["train"].count_classes().values()) == 1617
+    assert labelled["train"].fingerprint() == parts["train"].fingerprint()
 
 
 def test_validation_images_are_not_trained_on(tmp_path):
@@ -97,10 +104,16 @@ def test_validation_images_are_not_trained_on(tmp_path):
 
 @pytest.mark.parametrize("form", ["py", "bin"])
 def test_cifar10_in_its_own_formats(form, tmp_path):
-    pixels = write_cifar(tmp_path / "root", form=form)
-    parts = load(tmp_path, "cifar10", image_size=32)
-    assert np.array_equal(parts["train"][list(range(25))].images, pixels[:5].reshape(25, 3, 32, 32))
-    assert np.array_equal(parts["validation"][list(range(5))].images, pixels[5])
+    pixels = write_cifar(tmp_path / "root", count=20, form=form)
+    parts = load(tmp_path, "cifar10", image_size=32, labels=True)
+    assert parts["train"].classes[:2] == ["airplane", "automobile"]
+    for part, expected in (
+        ("train", pixels[:5].reshape(100, 3, 32, 32)),
+        ("validation", pixels[5]),
+    ):
+        batch = parts[part][list(range(len(expected)))]
+        assert np.array_equal(batch.images, expected)
+        assert np.array_equal(batch.labels, np.eye(10)[expected[:, 0, 0, 0] % 10])
 
 
 def test_a_cifar10_file_runs_nothing(tmp_path, monkeypatch):
@@ -205,7 +218,8 @@ def test_decoded_images_are_found_again_by_any_version(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 4
     recipe = json.dumps([[str(root.resolve()), files], [3, 8]])
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    assert FolderImages(root, (3, 8)).fingerprint() == digest
+    assert FolderImages(root, (3, 8, 8)).fingerprint() == digest
+    assert FolderImages(root, (3, 8, 12)).fingerprint() != digest
     digits = load(tmp_path, "digits", channels=1, validation_fraction=0.1)
     assert digits["train"].fingerprint() == "f670761aceeed3d3"
     assert digits["validation"].fingerprint() == "5edc7d37149f42d9"
@@ -282,6 +296,49 @@ def test_pad_keeps_all_and_never_stretches(channels):
     for fit in ("crop", "pad"):
         same = fit_image(square, image_size=16, channels=3, fit=fit)
         assert np.array_equal(same, np.asarray(square).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_crop_and_pad_to_another_shape_are_slices(channels):
+    """Where no side has to be resized."""
+    image = noise_image(0, (20, 12))
+    pixels = fit_image(image, image_size=(12, 20), channels=channels)  # height, width
+    assert pixels.shape == (channels, 12, 20)
+    for size, part in (((12, 8), pixels[:, :, 6:14]), ((6, 20), pixels[:, 3:9])):
+        assert np.array_equal(fit_image(image, image_size=size, channels=channels), part)
+    for size, at in (((12, 30), np.s_[:, :, 5:25]), ((16, 20), np.s_[:, 2:14])):
+        padded = np.zeros((channels, *size), np.uint8)
+        padded[at] = pixels
+        padded_too = fit_image(image, image_size=size, channels=channels, fit="pad")
+        assert np.array_equal(padded_too, padded)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("size", [(50, 30), (30, 50), (7, 9), (24, 16)])
+@pytest.mark.parametrize("target", [(12, 20), (16, 8), (8, 8)])
+def test_transposed_images_become_transposed_arrays(target, size, fit):
+    image = noise_image(1, size).point(lambda value: 96 + value // 4)  # no pass clips them
+    ours = fit_image(image, image_size=target, channels=3, fit=fit)
+    theirs = image.transpose(Image.Transpose.TRANSPOSE)
+    theirs = fit_image(theirs, image_size=target[::-1], channels=3, fit=fit).transpose(0, 2, 1)
+    assert np.abs(ours.astype(int) - theirs).max() <= 2  # between its two passes Pillow rounds
+
+
+def test_a_set_of_another_shape(tmp_path):
+    """From files, from an array on disk and in memory; the cache is named by height, width."""
+    (tmp_path / "root").mkdir()
+    pixels = np.stack([np.asarray(noise_image(i, (20, 12))) for i in range(3)])
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "root" / f"{i}.png")
+    np.save(tmp_path / "a.npy", pixels)
+    for name, root in (("folder", "root"), ("npy", "a.npy")):
+        images = load(tmp_path, name, root=str(tmp_path / root), image_size=[12, 20])["train"]
+        assert np.array_equal(images[[0, 1, 2]].images, pixels.transpose(0, 3, 1, 2))
+    assert len(list((tmp_path / "cache").glob("*-12x20x3.npy"))) == 2
+    load(tmp_path, image_size=[20, 12])
+    assert len(list((tmp_path / "cache").glob("*-20x12x3.npy"))) == 1
+    digits = load(tmp_path, "digits", channels=1, image_size=[8, 6])["train"][[5]].images
+    assert torch.equal(digits, load(tmp_path, "digits", channels=1)["train"][[5]].images[..., 1:7])
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -368,7 +425,7 @@ def test_a_large_image_is_no_warning(tmp_path):
     (tmp_path / "root").mkdir()
     Image.new("1", (9500, 10_000)).save(tmp_path / "root" / "large.png")
     config = PROJECT / "configs" / "digits.yml"
-    line = f"dataset.py '{config}' dataset.name=folder dataset.root=root"
+    line = f"dataset.py '{config}' dataset.name=folder dataset.root=root dataset.labels=false"
     output = run(line, tmp_path, env={"PYTHONWARNINGS": "default"})
     assert "9500x10000 -> centre 9500x9500 -> 8x8" in output
     assert "DecompressionBomb" not in output

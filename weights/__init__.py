@@ -12,3 +12,4 @@ from weights.load import copy_tensors as copy_tensors
 from weights.load import read_model as read_model
 from weights.model import Model as Model
 from weights.model import load_model as load_model
+from weights.model import starting_weights as starting_weights

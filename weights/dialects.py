@@ -17,11 +17,13 @@ from model import group_count
 
 # ---- names
 
+LABELS = "temb.label.weight"  # a row for each class; one more, the last, for no label
 # The place of layers in our network and in diffusers'. {i} counts levels from the finest, {j} from
 # the coarsest; {b} counts blocks from 0, {b1} from 1. conv_in and conv_out are the same.
 _PLACES = [
     ("norm_out", "conv_norm_out"),
     ("temb.dense.{b}", "time_embedding.linear_{b1}"),
+    ("temb.label", "class_embedding"),
     ("down.{i}.block.{b}", "down_blocks.{i}.resnets.{b}"),
     ("down.{i}.attn.{b}", "down_blocks.{i}.attentions.{b}"),
     ("down.{i}.downsample", "down_blocks.{i}.downsamplers.0"),
@@ -57,6 +59,7 @@ def rename(name: str, levels: int, *, to_ours: bool) -> str:
 def to_our_names(state: dict) -> dict[str, Tensor]:
     """Return the tensors of any dialect under our names, in float32."""
     names = {old: str(old).removeprefix("module.").removeprefix("model/") for old in state}
+    names |= {old: LABELS for old, name in names.items() if name == "label_emb.weight"}  # OpenAI's
     numbers = re.findall(r"(?m)^(?:down|up)_blocks\.(\d+)", "\n".join(names.values()))
     levels = 1 + max(map(int, numbers), default=0)
     ours = {}
@@ -94,11 +97,16 @@ _UNET_OURS = _UNET_ABSENT | {
     "downsample_padding": 0, "norm_eps": 1e-6, "attention_head_dim": None,
 }  # fmt: skip
 _HINTS = {
-    "sample_size": "the side of a square",
+    "sample_size": "the side of a square, or [height, width]",
+    "num_class_embeds": "a number of classes, or null",
     "out_channels": "as many as in_channels (no learned variance)",
     "block_out_channels": "multiples of its first, which is 4 or more",
     "attention_head_dim": "null (one head)",
 }
+_IMPROVED = (
+    "these are the weights of improved-diffusion's U-Net, which is not the paper's: cosines before "
+    "sines, of other frequencies; padding on every side; norm_eps 1e-5; most often several heads"
+)
 _SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
 _SCHEDULERS |= {"DPMSolverMultistepScheduler": "dpm++"}
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -107,10 +115,10 @@ _VARIANCES = {f"fixed_{v}{log}": v for v in ("small", "large") for log in ("", "
 
 
 def _unet_of(tree: dict) -> dict[str, Any]:
-    """Return diffusers' config.json of our config's sections dataset and model."""
+    """Return diffusers' config.json of our config's sections dataset, model and training."""
     data, model = tree["dataset"], tree["model"]
     size, multipliers = data["image_size"], model["channel_multipliers"]
-    shorter = size if isinstance(size, int) else min(size)
+    shorter, labels = _shorter(size), len(data["classes"])
     attends = [shorter // 2**i in model["attention_resolutions"] for i in range(len(multipliers))]
     return _UNET_OURS | {
         "sample_size": size,
@@ -122,25 +130,43 @@ def _unet_of(tree: dict) -> dict[str, Any]:
         "layers_per_block": model["num_res_blocks"],
         "norm_num_groups": group_count(model["base_channels"]),
         "dropout": model["dropout"],
+        "num_class_embeds": labels + (tree["training"]["label_dropout"] > 0) if labels else None,
     }
 
 
+def _shorter(size: Any) -> int:
+    """Return the shorter side of an `image_size`; 0 where it is none."""
+    sides = size if isinstance(size, list) and len(size) == 2 else [size]
+    return min(sides) if {*map(type, sides)} == {int} else 0
+
+
 def _sections(
-    size: int, channels: int, base: int, widths: list[int], attends: list[bool], blocks: int
+    size: Any,
+    channels: int,
+    base: int,
+    widths: list[int],
+    attends: list[bool],
+    blocks: int,
+    labels: int,
 ) -> dict[str, dict]:
-    """Return our config's sections dataset and model; `widths`, `attends` have an entry a level."""
+    """Return our config's sections dataset, model and training.
+
+    `widths`, `attends` have an entry a level; `labels` are rows of a table, each taken for a class.
+    """
     model = {
         "base_channels": base,
         "channel_multipliers": [width // base for width in widths] or [1],
         "num_res_blocks": blocks,
-        "attention_resolutions": [size // 2**i for i, a in enumerate(attends) if a],
+        "attention_resolutions": [_shorter(size) // 2**i for i, a in enumerate(attends) if a],
         "dropout": 0.0,
     }
-    return {"dataset": {"image_size": size, "channels": channels}, "model": model}
+    data = {"image_size": size, "channels": channels, "classes": [str(i) for i in range(labels)]}
+    training = {"label_dropout": 0.0} if labels else {}
+    return {"dataset": data | {"labels": labels > 0}, "model": model, "training": training}
 
 
 def tree_of_diffusers(unet: dict, scheduler: dict) -> tuple[dict, list[str]]:
-    """Return our config's sections dataset, model, diffusion, sampling, and what was assumed.
+    """Return our config's sections but those of the run, and what was assumed.
 
     ValueError names every key that our network or process cannot represent, with its value.
     """
@@ -148,13 +174,14 @@ def tree_of_diffusers(unet: dict, scheduler: dict) -> tuple[dict, list[str]]:
     widths, kinds = there["block_out_channels"], there["down_block_types"]
     base, size = max([4, *widths[:1]]), there["sample_size"]
     attends = ["AttnDownBlock2D" in kinds[i : i + 1] for i in range(len(widths))]
-    if isinstance(size, list) and len({*size}) == 1:
-        there["sample_size"] = size = size[0]
     attention_widths = {w for w, a in zip(widths, attends, strict=True) if a} | {*widths[-1:]}
     if attention_widths == {there["attention_head_dim"]}:
         there["attention_head_dim"] = None
-    side = size if isinstance(size, int) else 2 ** len(widths)
-    tree = _sections(side, there["in_channels"], base, widths, attends, there["layers_per_block"])
+    size = size if _shorter(size) else 2 ** len(widths)
+    channels, blocks = there["in_channels"], there["layers_per_block"]
+    labels = there["num_class_embeds"]
+    labels = labels if type(labels) is int and 0 < labels < 100_000 else 0
+    tree = _sections(size, channels, base, widths, attends, blocks, labels)
     tree["model"]["dropout"] = float(there["dropout"])
     faults, needed = {}, _unet_of(tree)
     for key, value in there.items():
@@ -252,7 +279,7 @@ def to_diffusers(config: Config) -> tuple[dict, dict]:
     return _unet_of(config.model_dump()), scheduler
 
 
-def infer_tree(state: dict[str, Tensor], image_size: int | None) -> tuple[dict, list[str]]:
+def infer_tree(state: dict[str, Tensor], image_size: Any) -> tuple[dict, list[str]]:
     """Return what `tree_of_diffusers` does, from shapes of tensors under our names.
 
     ValueError where they are of another network, or do not show the size of its images.
@@ -266,12 +293,18 @@ def infer_tree(state: dict[str, Tensor], image_size: int | None) -> tuple[dict, 
         if not widths or any(width % base for width in widths):
             raise KeyError("widths that are multiples of the first")
     except (KeyError, ValueError) as error:
+        if any("input_blocks." in name for name in shapes):
+            raise ValueError(_IMPROVED) from None
         raise ValueError(f"these are not the weights of a DDPM network: no {error}") from None
     attends = [f"down.{level}.attn.0.q.weight" in shapes for level in range(len(widths))]
-    if not image_size and True not in attends:
+    if not _shorter(image_size) and True not in attends:
         raise ValueError("the weights do not show the size of the images: add dataset.image_size=")
-    size = image_size or 16 * 2 ** attends.index(True)  # the paper has attention at 16x16
-    variance = "large" if size < 256 else "small"
-    tree = _sections(size, channels, base, widths, attends, blocks)
+    size = image_size
+    if not _shorter(size):
+        size = 16 * 2 ** attends.index(True)  # the paper has attention at 16x16
+    variance = "large" if _shorter(size) < 256 else "small"
+    labels = next(iter(shapes.get(LABELS, [])), 0)
+    tree = _sections(size, channels, base, widths, attends, blocks, labels)
     tree |= {"diffusion": {}, "sampling": {"sampler": "ddpm", "variance": variance}}
-    return tree, [f"images of {size}x{size}, the paper's linear schedule, variance {variance}"]
+    told = "x".join(map(str, size if isinstance(size, list) else [size, size]))
+    return tree, [f"images of {told}, the paper's linear schedule, variance {variance}"]

@@ -82,8 +82,10 @@ def summary(model: Model) -> str:
     """Return one line: parameters, images, process."""
     count = sum(parameter.numel() for parameter in model.parameters())
     process = model.config.diffusion
+    classes = len(model.config.dataset.classes)
+    labels = f"{classes} classes, " if classes else ""
     return (
-        f"{count:,} parameters, images of {'x'.join(map(str, model.shape))}, "
+        f"{count:,} parameters, images of {'x'.join(map(str, model.shape))}, {labels}"
         f"T = {process.timesteps}, {process.beta_schedule} schedule, predicts {process.prediction}"
     )
 
@@ -141,14 +143,15 @@ def model_card(model: Model, license: str) -> str:
     """Return the README.md of a diffusers folder, as the Hub reads it."""
     config = model.config
     height, width = config.dataset.size
-    size, T = f"{height}x{width}", config.diffusion.timesteps
+    size = f"{height}x{width}"
     ema = f"the EMA of the weights, decay {config.training.ema_decay}"
     which = ema if model.weights == "ema" else "the last training weights, not their EMA"
+    kind = "class-conditional" if config.dataset.classes else "unconditional"
+    task = "" if config.dataset.classes else f"pipeline_tag: {kind}-image-generation\n"
     return f"""---
 license: {license}
 library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [ddpm, diffusers, unconditional-image-generation]
+{task}tags: [ddpm, diffusers, {kind}-image-generation]
 datasets: [{config.dataset.name}]
 ---
 
@@ -158,15 +161,7 @@ A denoising diffusion probabilistic model (Ho et al. 2020, [arXiv 2006.11239](ht
 of {config.dataset.channels}-channel images, after {model.step:,} training steps of
 {config.training.batch_size} images: {which}.
 
-```python
-from diffusers import DDIMPipeline, DDPMPipeline
-
-ddpm = DDPMPipeline.from_pretrained("THIS_FOLDER")
-ddpm(num_inference_steps={T}).images[0].save("ddpm.png")
-ddim = DDIMPipeline.from_pretrained("THIS_FOLDER")
-ddim(num_inference_steps={min(50, T)}).images[0].save("ddim.png")
-```
-
+{usage(config)}
 ## Settings
 
 ```yaml
@@ -175,8 +170,51 @@ ddim(num_inference_steps={min(50, T)}).images[0].save("ddim.png")
 """
 
 
+def usage(config: Config) -> str:
+    """Return how to draw images with diffusers, for the model card."""
+    T, classes = config.diffusion.timesteps, len(config.dataset.classes)
+    few = min(50, T)
+    if not classes:
+        return f"""```python
+from diffusers import DDIMPipeline, DDPMPipeline
+
+ddpm = DDPMPipeline.from_pretrained("THIS_FOLDER")
+ddpm(num_inference_steps={T}).images[0].save("ddpm.png")
+ddim = DDIMPipeline.from_pretrained("THIS_FOLDER")
+ddim(num_inference_steps={few}).images[0].save("ddim.png")
+```
+"""
+    shape = ", ".join(map(str, config.dataset.shape))
+    none, guide = "There is no label for none, and so no guidance.", ""
+    if config.training.label_dropout:
+        none = f"{classes} is no label, which guidance needs."
+        guide = f"""
+        F_0 = unet(x, t, torch.tensor([{classes}])).sample  # no label
+        F = F_0 + 2.0 * (F - F_0)  # guidance of scale 2"""
+    return f"""Labels are numbers: 0 is the first of `classes` below, {classes - 1} the last. {none}
+
+```python
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+unet = UNet2DModel.from_pretrained("THIS_FOLDER", subfolder="unet")
+scheduler = DDIMScheduler.from_pretrained("THIS_FOLDER", subfolder="scheduler")
+scheduler.set_timesteps({few})
+label = torch.tensor([0])
+x = torch.randn(1, {shape})
+for t in scheduler.timesteps:
+    with torch.no_grad():
+        F = unet(x, t, label).sample{guide}
+    x = scheduler.step(F, t, x, use_clipped_model_output=True).prev_sample
+image = (x / 2 + 0.5).clamp(0, 1)
+```
+"""
+
+
 def write_onnx(model: Model, path: Path) -> str:
     """Write the network: (x [B, C, H, W] float32, t [B] int64) -> its prediction, for any B.
+
+    One with labels takes them, too: [B, classes] float32, as `Network.embed` does.
 
     Returns how far onnxruntime's output is from ours; ValueError from 1e-4 of its scale on.
     """
@@ -188,14 +226,18 @@ def write_onnx(model: Model, path: Path) -> str:
         raise ValueError(f"--format onnx needs {error.name}: {hint}") from None
     x = torch.randn(3, *model.shape, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(0, model.diffusion.timesteps - 1, 3).long()
+    inputs = {"x": x, "t": t}
+    if classes := len(model.config.dataset.classes):
+        inputs["labels"] = torch.zeros(3, classes)
+        inputs["labels"][0, 0] = inputs["labels"][2, -1] = 1  # and between them no label
     batch = torch.export.Dim("batch")
     torch.onnx.export(
         model.network,
-        (x[:2], t[:2]),
+        tuple(value[:2] for value in inputs.values()),
         path,
-        input_names=["x", "t"],
+        input_names=[*inputs],
         output_names=[f"{model.config.diffusion.prediction}_hat"],
-        dynamic_shapes={"x": {0: batch}, "t": {0: batch}},
+        dynamic_shapes={name: {0: batch} for name in inputs},
         dynamo=True,
         external_data=False,
         verbose=False,
@@ -203,8 +245,9 @@ def write_onnx(model: Model, path: Path) -> str:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     errors = []
     for count in (1, 3):
-        ours = model.network(x[:count], t[:count])
-        (other,) = session.run(None, {"x": x[:count].numpy(), "t": t[:count].numpy()})
+        some = {name: value[:count] for name, value in inputs.items()}
+        ours = model.network(**some)
+        (other,) = session.run(None, {name: value.numpy() for name, value in some.items()})
         errors.append((ours - torch.from_numpy(other)).abs().max() / ours.abs().max())
     worst = float(torch.stack(errors).max())  # NaN, where one is
     told = f"onnxruntime differs by {worst:.1e} of the output's scale"

@@ -77,7 +77,14 @@ def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
         words = path.resolve().as_posix().lower()
         dataset["name"] = next((n for word, n in _DATASETS.items() if word in words), "folder")
         notes = [*notes, f"dataset.name={dataset['name']}"]
-    tree.setdefault("training", {}).setdefault("max_steps", max(1, step))
+    training = tree.setdefault("training", {})
+    training.setdefault("max_steps", max(1, step))
+    names = dataset.get("classes", [])
+    if names and not about and "classes" not in chosen.get("dataset", {}):  # others name none
+        how = "each a class; training.label_dropout=0.1 reads the last as no label"
+        if training["label_dropout"]:
+            dataset["classes"], how = names[:-1], "the last of them no label"
+        notes = [*notes, f"{len(names)} labels, {how}; dataset.classes=[...] names the classes"]
     config = check_config(tree, source=f"the config of {path}")
     return ModelFiles(path, config, ema, raw, step, notes, about.get("weights"))
 
@@ -167,6 +174,8 @@ def _read_diffusers(folder: Path, unet: Path) -> tuple[dict, dict, dict, dict, l
     if not about.keys() >= _ABOUT:
         return tree, ema, raw, {}, notes
     config = check_config(about["config"], source=f"the ddpm.json of {folder}").model_dump()
+    tree["dataset"] |= {key: config["dataset"][key] for key in ("labels", "classes")}
+    tree["training"] = config["training"]
     if same_process(config["diffusion"], tree["diffusion"]):
         tree["diffusion"] = config["diffusion"]
     if tree["sampling"]["sampler"] == "ddpm":  # the scheduler that we write

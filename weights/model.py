@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 from config import Config
 from diffusion_utils import GaussianDiffusion
 from model import Network, at_precision, build_network, exact_float32, has_bf16
+from weights.dialects import LABELS
 from weights.load import ModelFiles, copy_tensors, read_model
 
 
@@ -89,6 +90,27 @@ def load_model(
         precision = "bfloat16" if has_bf16(model.device) else "float32"
     model.network = at_precision(model.network, precision)
     return model
+
+
+def starting_weights(found: ModelFiles, config: Config) -> dict[str, Tensor]:
+    """Return the EMA for a network of `config`, whose labels may be others.
+
+    Then it begins as what the EMA is without a label: the row for none joins the bias that it was
+    added to, and the new labels are zeros.
+    """
+    theirs, ours = (
+        (c.dataset.classes, bool(c.dataset.classes) and c.training.label_dropout > 0)
+        for c in (found.config, config)
+    )
+    if theirs == ours:
+        return found.ema
+    state = model_of(found, weights="ema").network.state_dict()
+    table = state.pop(LABELS, None)
+    if table is not None and found.config.training.label_dropout:
+        state["temb.dense.1.bias"] = state["temb.dense.1.bias"] + table[-1]
+    if LABELS in (needed := build_network(config, "meta").state_dict()):
+        state[LABELS] = torch.zeros(needed[LABELS].shape)
+    return state
 
 
 def model_of(found: ModelFiles, *, weights: str) -> Model:

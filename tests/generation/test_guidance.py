@@ -1,15 +1,17 @@
 """Labels and guidance: what a denoiser makes of them, held to closed forms and bit for bit."""
 
+import numpy as np
 import pytest
 import torch
-from helpers import assert_same, process, steps_of, tiny, wake
+from helpers import assert_same, invoke, process, steps_of, tiny, wake
+from PIL import Image
 from torch import Tensor
 
 from dataset import with_classes
 from generation import Guidance, Sampling, generate, make_denoiser
 from generation.recipe import folder_name, label_vector, parse_labels
 from model import Network, at_precision, build_network
-from weights import Model
+from weights import Model, write_checkpoint
 
 ONE, TWO = torch.eye(10)[[3, 7]]
 
@@ -212,3 +214,47 @@ def test_a_recipe_names_label_and_guidance_where_they_are_used(model):
     guided = plan(class_label=["1"], guidance_scale=2.0, guidance_interval=[0.1, 5.0])
     more = {"guidance_scale": 2.0, "guidance_interval": [0.1, 5.0]}
     assert_same(guided.recipe("1"), plain | more | {"class_label": "1"})
+
+
+# ---- sample.py
+
+
+@pytest.fixture
+def place(model, tmp_path):
+    write_checkpoint(
+        {
+            "hyper_parameters": model.config.model_dump(mode="json"),
+            "state_dict": {
+                f"{which}.{name}": value
+                for which in ("unet", "ema")
+                for name, value in model.network.state_dict().items()
+            },
+            "global_step": 7,
+        },
+        tmp_path / "a.ckpt",
+    )
+    return tmp_path
+
+
+def pixels_of(folder):
+    return {p.name: np.array(Image.open(p)).tobytes() for p in folder.glob("0*.png")}
+
+
+def test_sampling_classes_fills_a_folder_for_each(place, monkeypatch):
+    sample = lambda text, code=0: invoke(f"sample.py a.ckpt {text}", place, monkeypatch, code)
+    sample("--class-label all --num-images 3 --batch-size 2 --output-dir out")
+    assert {p.name for p in (place / "out").iterdir()} == {*map(str, range(10)), "grid.png"}
+    grid = Image.open(place / "out/grid.png")
+    assert grid.size == (3 * 66 + 2, 10 * 66 + 2)  # a row of three for each class
+    alone = "--class-label 4 --seeds 1 --output-dir one"
+    sample(alone)
+    assert pixels_of(place / "one").items() <= pixels_of(place / "out/4").items()
+    assert Image.open(place / "one/000001.png").info["recipe"] != ""
+    (place / "out/7/000002.png").unlink()
+    again = sample("--class-label all --num-images 3 --output-dir out")
+    assert "1 images written to out, 29 were there already" in again
+    # another scale, no label, other labels: never into the same folder
+    for other in ("--class-label 4 --guidance-scale 2", "", "--class-label 5"):
+        assert "in the way" in sample(f"{other} --num-images 2 --output-dir out", 2)
+        assert "another recipe" in sample(f"{other} --num-images 2 --output-dir one", 2)
+    assert "'12' is no class" in sample("--class-label 12", 2)

@@ -7,10 +7,13 @@ import torch
 from helpers import invoke, steps_of, tiny, wake
 from PIL import Image
 
+from dataset import with_classes
 from diffusion_utils import from_uint8, reverse, to_uint8
-from evaluation.likelihood import Bound
-from generation import Sampling, SeedNoise, generate
+from evaluation.likelihood import Bound, bits_per_dim
+from evaluation.metrics import spread
+from generation import Sampling, SeedNoise, generate, make_denoiser
 from pl_utils import DDPM
+from training.datamodule import open_images
 from weights import load_model, write_checkpoint
 
 boards = pytest.importorskip("plotting.boards")  # matplotlib is an extra
@@ -19,16 +22,21 @@ studies = pytest.importorskip("plotting.studies")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Make a folder with a run whose checkpoint holds a small network, not trained."""
-    ddpm = DDPM(tiny("diffusion.timesteps=20"))
-    wake(ddpm.ema)
+    """Make a folder with runs whose checkpoints hold small networks, not trained."""
     folder = tmp_path_factory.mktemp("place")
-    checkpoint = {
-        "hyper_parameters": ddpm.config.model_dump(mode="json"),
-        "state_dict": ddpm.state_dict(),
-        "global_step": 1234,
-    }
-    write_checkpoint(checkpoint, folder / "runs/small/checkpoints/step-00001234.ckpt")
+    for name, overrides in (
+        ("small", []),
+        ("wide", ["dataset.image_size=[8, 16]", "dataset.labels=true", "guidance.scale=3"]),
+        ("told", ["dataset.labels=true", "training.label_dropout=0"]),  # of every label
+    ):
+        ddpm = DDPM(with_classes(tiny("diffusion.timesteps=20", *overrides)))
+        wake(ddpm.ema)
+        checkpoint = {
+            "hyper_parameters": ddpm.config.model_dump(mode="json"),
+            "state_dict": ddpm.state_dict(),
+            "global_step": 1234,
+        }
+        write_checkpoint(checkpoint, folder / f"runs/{name}/checkpoints/step-00001234.ckpt")
     return folder
 
 
@@ -141,11 +149,32 @@ def test_rate_and_distortion_are_sums_of_the_bound():
     assert rate[0] + distortion == pytest.approx(total)
 
 
+@pytest.mark.parametrize("name", ["wide", "told"])
+def test_the_bound_of_a_model_that_knows_classes_is_given_them(place, name, monkeypatch):
+    found, whole = [], studies.rate_distortion
+    monkeypatch.setattr(studies, "rate_distortion", lambda b: (found.append(b), whole(b))[1])
+    line = f"figures.py rate-distortion runs/{name} --num-images 3 --output {name}.png"
+    invoke(line, place, monkeypatch, 0)
+    model = load_model(place / "runs" / name)
+    images = open_images(model.config)["validation"]
+    wanted = []
+    for i, row in enumerate(spread(3, len(images))):
+        pixels, label = images[[row]]
+        denoiser = make_denoiser(model.network, model.diffusion, label=label[0])
+        how = dict(variance="large", batch_size=256)
+        wanted.append(bits_per_dim(denoiser, model.diffusion, pixels, [i], **how))
+    bits = torch.cat([bound.bits for bound in wanted]).mean(0)
+    torch.testing.assert_close(found[0].bits.mean(0), bits, rtol=1e-4, atol=1e-6)
+
+
 # ---- how it is drawn
 
 
-def test_a_board_has_every_pixel_as_a_square(tmp_path):
-    cells = [list(row) for row in pixels(2, 3, 1, 8, 8)]
+@pytest.mark.parametrize(
+    ("height", "width", "scale"), [(8, 8, 12), (8, 16, 8), (24, 10, 6), (64, 96, 1)]
+)
+def test_a_board_has_every_pixel_as_a_square(tmp_path, height, width, scale):
+    cells = [list(row) for row in pixels(2, 3, 1, height, width)]
     cells[1][2] = None
     board = boards.Board(cells, title="t", note="n", columns="abc", rows="de", column_gaps=[1])
     boards.write_figure(board.figure, tmp_path / "board.png", {"a": 1})
@@ -154,15 +183,18 @@ def test_a_board_has_every_pixel_as_a_square(tmp_path):
     page, inside = np.array(image.convert("RGB")), board.compose(cells)
     assert page.shape == inside.shape
     assert (page[: board.y[0]] < 128).any()  # words are over the images' page, not under it
-    images = slice(board.y[0], board.y[-1] + board.side), slice(board.x[0], board.x[-1] + 96)
+    high, wide = board.cell
+    assert (high, wide) == (scale * height, scale * width)
+    images = slice(board.y[0], board.y[-1] + high), slice(board.x[0], board.x[-1] + wide)
     assert np.array_equal(page[images], inside[images])  # dot for dot
     for (i, y), (j, x) in itertools.product(enumerate(board.y), enumerate(board.x)):
-        cell = inside[y : y + board.side, x : x + board.side, 0]
+        cell = inside[y : y + high, x : x + wide, 0]
         if cells[i][j] is None:
             assert (cell == 255).all()
         else:
-            assert np.array_equal(cell[6::12, 6::12], cells[i][j][0].numpy())
-    assert board.x[1] - board.x[0] > board.x[2] - board.x[1] > board.side
+            assert np.array_equal(cell, boards.enlarged(cells[i][j], scale)[..., 0])
+    assert board.x[1] - board.x[0] > board.x[2] - board.x[1] > wide
+    assert board.y[1] - board.y[0] > high
     assert list(tmp_path.iterdir()) == [tmp_path / "board.png"]
 
 
@@ -172,7 +204,7 @@ def test_color_alpha_and_large_images():
     gray = boards.enlarged(color[:2], 2)
     assert gray.shape == (32, 32, 3)
     assert np.array_equal(gray[::2, 1::2, 2], color[0].numpy())
-    assert boards.Board([[pixels(3, 256, 256)]], title="", note="").side == 256
+    assert boards.Board([[pixels(3, 256, 256)]], title="", note="").cell == (256, 256)
 
 
 # ---- the command
@@ -188,6 +220,14 @@ def test_color_alpha_and_large_images():
         ("rate-distortion runs/small --num-images 2 --variance small --output r.png", "r.png"),
         ("schedule runs/small/checkpoints/step-00001234.ckpt --output s.svg", "s.svg"),
         ("chain runs/small --num-images 3 --sampler dpm++ --timesteps 4", "figures/chain.gif"),
+        ("progressive runs/wide --class-label 3 --num-images 2 --output w.png", "w.png"),
+        ("chain runs/wide --num-images 2 --class-label 2+5 --timesteps 4 --output w.gif", "w.gif"),
+        ("neighbours runs/wide --num-images 2 --class-label 4 --output n.png", "n.png"),
+        (
+            "interpolation runs/wide --t 9 --class-label 1 --guidance-scale 1 --output j.png",
+            "j.png",
+        ),
+        ("schedule runs/told --output t.png", "t.png"),
     ],
 )
 def test_each_kind_writes_a_readable_file(place, arguments, name, monkeypatch):
@@ -224,6 +264,10 @@ def test_each_kind_writes_a_readable_file(place, arguments, name, monkeypatch):
         ("interpolation runs/small --image bad.png --image bad.png", "bad.png"),
         ("interpolation runs/small --num-images 1000", "--num-images 1000: there are 180"),
         ("progressive runs/small --device tpu9", "--device tpu9"),
+        ("progressive runs/small --class-label 3", "--class-label: this model knows no classes"),
+        ("progressive runs/wide --class-label all", "a figure is of one --class-label"),
+        ("schedule runs/wide --class-label 3", "--class-label says nothing about schedule"),
+        ("progressive runs/told", "say --class-label"),
     ],
 )
 def test_mistakes_end_in_one_message(place, arguments, says, monkeypatch):

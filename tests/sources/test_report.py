@@ -20,6 +20,7 @@ from sources.report import (
     describe_fit,
     read_headers,
     read_values,
+    summarize_classes,
     write_contact_sheet,
 )
 
@@ -105,6 +106,10 @@ def test_the_report_and_training_see_the_same_images(folder, monkeypatch):
         ("configs/folder.yml dataset.root=nowhere", "nowhere (dataset.root) does not exist"),
         ("configs/folder.yml dataset.root=mine dataset.image_size=30", "try 32"),
         ("configs/folder.yml dataset.root=bad", "12 of 12 files in bad cannot be used"),
+        (
+            "configs/folder.yml dataset.root=mine dataset.labels=true",
+            "labels of mine (dataset.labels=true): 00.png is in no sub-folder; each class is one",
+        ),
         ("configs/digits.yml --contact-sheet mine", "must end in .png"),
         ("configs/digits.yml --contact-sheet /proc/no/s.png", "/proc/no"),
     ],
@@ -131,7 +136,21 @@ def test_mistakes_end_in_one_message(line, says, folder, monkeypatch):
     ],
 )
 def test_preprocessing_in_words(size, fit, says):
-    assert describe_fit(size, 64, fit) == says
+    assert describe_fit(size, (64, 64), fit) == says
+
+
+@pytest.mark.parametrize(
+    ("size", "fit", "says"),
+    [
+        ((20, 12), "pad", "20x12, as it is"),
+        ((100, 60), "crop", "100x60 -> 20x12"),
+        ((60, 100), "crop", "60x100 -> centre 60x36 -> 20x12"),
+        ((60, 100), "pad", "60x100 -> 7x12 -> on black 20x12"),
+        ((10, 6), "crop", "10x6 -> 20x12 (enlarged)"),
+    ],
+)
+def test_preprocessing_to_another_shape_in_words(size, fit, says):
+    assert describe_fit(size, (12, 20), fit) == says
 
 
 def test_values():
@@ -165,7 +184,18 @@ GRAY = FINE._replace(colored=False)
         ([], FINE._replace(transparent=5), dict(), "dataset.channels=4 keeps it"),
         (["dataset.image_size=128"], FINE._replace(sizes=Counter({(70, 80): 9})), dict(),
          "smaller than 128x128; enlarging makes them soft: dataset.image_size=64"),
-        ([], FINE._replace(sizes=Counter({(64, 128): 9})), dict(), "leaves 50% of the area out"),
+        (["dataset.image_size=[96, 160]", "model.attention_resolutions=[12]"],
+         FINE._replace(sizes=Counter({(120, 80): 9})), dict(),
+         "smaller than 160x96; enlarging makes them soft: dataset.image_size=[72, 120]"),
+        (["dataset.image_size=[96, 64]"], FINE._replace(sizes=Counter({(200, 300): 9})), dict(),
+         None),
+        ([], FINE._replace(sizes=Counter({(64, 128): 9})), dict(),
+         "leaves 50% of the area out: dataset.fit=pad keeps it, dataset.image_size=[128, 64] has"),
+        (["dataset.image_size=[128, 64]"], FINE._replace(sizes=Counter({(90, 90): 9})), dict(),
+         "leaves 50% of the area out: dataset.fit=pad keeps it, dataset.image_size=64 has"),
+        ([], FINE, dict(classes=Counter(cats=8981, dogs=19)), "8,981 images are of 'cats', 19 of"),
+        ([], FINE, dict(classes=Counter(cats=8900, dogs=100)), "100 of 'dogs': rare classes"),
+        ([], FINE, dict(classes=Counter(cats=8000, dogs=1000)), None),
         (["dataset.fit=pad"], FINE._replace(sizes=Counter({(64, 128): 9})), dict(), "black margin"),
         ([], FINE, dict(levels=16), "all values lie in 0 ... 15"),
         ([], FINE, dict(plain=2), "2 images are of a single color"),
@@ -181,16 +211,44 @@ GRAY = FINE._replace(colored=False)
 )  # fmt: skip
 def test_advice(overrides, headers, changes, says):
     digests = [str(i).encode() for i in range(changes.pop("count", 9000))]
-    validation = changes.pop("validation", [b"x"])
+    validation, classes = changes.pop("validation", [b"x"]), changes.pop("classes", Counter())
     config = load_config("configs/folder.yml", overrides)
     histogram = np.zeros((config.dataset.channels, 256), int)
     histogram[:, : changes.pop("levels", 256)] = 1
     values = Values(histogram, digests, plain=0, gray=False, opaque=True)._replace(**changes)
-    advice = list(advise(config, headers, values, validation))
+    advice = list(advise(config, headers, values, validation, classes))
     if says is None:
         assert advice == []
     else:
         assert len([line for line in advice if says in line]) == 1, advice
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_a_folder_of_classes_that_are_not_square(fit, tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(Path("configs").resolve())
+    for i in range(30):
+        folder = tmp_path / "mine" / ("cats" if i < 20 else "dogs")
+        folder.mkdir(parents=True, exist_ok=True)
+        noise_image(i, (40, 24)).save(folder / f"{i:02}.png")
+    monkeypatch.chdir(tmp_path)
+    line = (
+        f"configs/folder.yml dataset.root=mine dataset.labels=true dataset.fit={fit} "
+        "'dataset.image_size=[12, 20]' 'model.channel_multipliers=[1, 2]' "
+        "'model.attention_resolutions=[6]' dataset.validation_fraction=0"
+    )
+    output = report(line, monkeypatch)
+    assert "30  40x24 -> 20x12\n" in output
+    assert "classes 2: cats 20, dogs 10\n" in output
+    with Image.open("samples/folder-data.png") as sheet:  # eight in a row, three times their size
+        assert sheet.size == (8 * 62 + 2, 4 * 38 + 2)
+
+
+def test_classes_in_one_line():
+    assert summarize_classes(Counter()) == {}
+    classes = Counter({f"c{i}": 1000 * i for i in range(1, 16)})
+    (line,) = summarize_classes(classes)["classes"]
+    assert line.startswith("15: c15 15,000, c14 14,000, ")
+    assert line.endswith("c10 10,000, ..., c3 3,000, c2 2,000, c1 1,000")
 
 
 def test_only_a_contact_sheet_is_replaced(tmp_path, monkeypatch):

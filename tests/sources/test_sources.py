@@ -40,15 +40,17 @@ def random_pixels(*shape, seed=0):
 
 
 def write_idx(folder, *, count=5, packed=True, dot="-"):
-    """Both image files; returns the pixels of each."""
+    """Write images and labels, 0 ... 9 and again; return the pixels of each part."""
     folder.mkdir(parents=True)
     written = {}
     for part, seed in (("train", 0), ("t10k", 1)):
         written[part] = random_pixels(count, 28, 28, seed=seed)
-        header = np.array([0x803, count, 28, 28], ">u4").tobytes()
-        content = header + written[part].tobytes()
-        path = folder / f"{part}-images{dot}idx3-ubyte{'.gz' * packed}"
-        path.write_bytes(gzip.compress(content) if packed else content)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for kind, array in (("images", written[part]), ("labels", labels)):
+            header = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes()
+            content = header + array.tobytes()
+            path = folder / f"{part}-{kind}{dot}idx{array.ndim}-ubyte{'.gz' * packed}"
+            path.write_bytes(gzip.compress(content) if packed else content)
     return written
 
 
@@ -62,20 +64,40 @@ def write_idx(folder, *, count=5, packed=True, dot="-"):
     ],
 )
 def test_idx_files_wherever_they_are(name, place, options, tmp_path):
-    written = write_idx(tmp_path / "root" / place, **options)
-    parts = load(tmp_path, name, image_size=28, channels=1)
+    written = write_idx(tmp_path / "root" / place, count=20, **options)
+    parts = load(tmp_path, name, image_size=28, channels=1, labels=True)
     assert np.array_equal(pixels_of(parts)[:, 0], written["train"])
     assert np.array_equal(pixels_of(parts, "validation")[:, 0], written["t10k"])
+    for part in parts.values():
+        assert np.array_equal(part.labels_of(range(20)), np.tile(np.eye(10), (2, 1)))
+    assert parts["train"].classes[9] == {"mnist": "9", "fashion-mnist": "ankle boot"}[name]
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_damaged_idx_file_is_named(packed, tmp_path):
     write_idx(tmp_path / "root", packed=packed)
-    path = next((tmp_path / "root").glob("train*"))
+    path = next((tmp_path / "root").glob("train-images*"))
     for content in (path.read_bytes()[:-9], b"<html>quota</html>", b""):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.* is damaged .* delete it"):
             load(tmp_path, "mnist", image_size=28, channels=1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ([0, 1, 2], r"holds \(3,\); give \(5,\)"),
+        ([0, 1, 2, 10, 3], "holds class 10; there are at most 10, from 0 on"),
+    ],
+)
+def test_labels_of_other_images_are_told(labels, says, tmp_path):
+    write_idx(tmp_path / "root", packed=False)
+    path = tmp_path / "root" / "train-labels-idx1-ubyte"
+    path.write_bytes(np.array([0x801, len(labels)], ">u4").tobytes() + bytes(labels))
+    with pytest.raises(ValueError, match=rf"labels of .*root.*train-labels {says}"):
+        load(tmp_path, "mnist", image_size=28, channels=1, labels=True)
+    path.unlink()  # they are read where they are wanted
+    assert len(load(tmp_path, "mnist", image_size=28, channels=1)["train"]) == 5
 
 
 def test_debians_fashion_mnist():
@@ -83,9 +105,12 @@ def test_debians_fashion_mnist():
     if not root.is_dir():
         pytest.skip("apt-get install dataset-fashion-mnist")
     found = find_images("fashion-mnist", root)
-    assert found["train"].shape == (60_000, 28, 28, 1)
-    assert found["validation"].shape == (10_000, 28, 28, 1)
-    assert round(found["train"].mean() / 255, 4) == 0.2860  # the mean that everybody normalises by
+    assert found["train"].pixels.shape == (60_000, 28, 28, 1)
+    assert found["validation"].pixels.shape == (10_000, 28, 28, 1)
+    mean = found["train"].pixels.mean() / 255
+    assert round(mean, 4) == 0.2860  # that everybody normalises by
+    assert (np.bincount(found["train"].labels().of) == 6000).all()
+    assert (np.bincount(found["validation"].labels().of) == 1000).all()
 
 
 # ---- Flowers-102
@@ -99,6 +124,8 @@ def write_flowers(home, train=(3, 1), valid=(5,), test=(2, 4, 6)):
         noise_image(i, (30, 20)).save(home / "jpg" / f"image_{i:05d}.jpg")
     ids = dict(trnid=train, valid=valid, tstid=test)
     savemat(home / "setid.mat", {key: np.array([value], np.uint16) for key, value in ids.items()})
+    numbers = np.array([[40, 7, 3, 99, 102, 1]], np.uint8)  # of images 1 ... 6, from 1 on
+    savemat(home / "imagelabels.mat", {"labels": numbers})
 
 
 @pytest.mark.parametrize("place", ["", "flowers-102"])
@@ -109,6 +136,14 @@ def test_flowers_trains_on_train_and_val(place, tmp_path):
     everything = pixels_of(load(tmp_path, root=str(home / "jpg")))  # in the order of their names
     assert np.array_equal(pixels_of(parts), everything[[0, 2, 4]])
     assert np.array_equal(pixels_of(parts, "validation"), everything[[1, 3, 5]])
+    sources = find_images("flowers102", tmp_path / "root")
+    assert sources["train"].names == ["image_00001.jpg", "image_00003.jpg", "image_00005.jpg"]
+    assert sources["train"].labels().of.tolist() == [39, 2, 101]
+    assert sources["validation"].labels().of.tolist() == [6, 98, 0]
+    assert sources["train"].labels().names[0] == "pink primrose"
+    says = r"has no images of 'pink primrose' and 98 other classes to train on"
+    with pytest.raises(ValueError, match=says):
+        load(tmp_path, "flowers102", labels=True)
 
 
 def test_flowers_that_lack_something(tmp_path):
@@ -342,15 +377,16 @@ def test_a_file_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_mnist_is_downloaded_once(tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 
-    written = write_idx(tmp_path / "site")
+    written = write_idx(tmp_path / "site", count=10)
     files = {f"/{p.name}": p.read_bytes() for p in (tmp_path / "site").iterdir()}
     monkeypatch.setattr(MNIST, "resources", [(name[1:], md5(c)) for name, c in files.items()])
     with serve(files) as (site, asked):
         monkeypatch.setattr(MNIST, "mirrors", [f"{site}/"])
-        for _ in range(2):
-            parts = load(tmp_path, "mnist", image_size=28, channels=1)
+        for labels in (False, True, True):
+            parts = load(tmp_path, "mnist", image_size=28, channels=1, labels=labels)
             assert np.array_equal(pixels_of(parts)[:, 0], written["train"])
-            assert {path: asked.count(path) for path in asked} == dict.fromkeys(files, 2)
+            wanted = [path for path in files if labels or "images" in path]
+            assert {path: asked.count(path) for path in asked} == dict.fromkeys(wanted, 2)
 
 
 def test_cifar10_is_unpacked_whole(tmp_path, monkeypatch):

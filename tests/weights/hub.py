@@ -57,12 +57,12 @@ def save_hub(folder: Path, config: dict, state: dict, scheduler: dict = HUB_SCHE
     return folder
 
 
-def same_eps(ours, theirs, size: int, times) -> None:
-    x = torch.randn(
-        1, ours.config.dataset.channels, size, size, generator=torch.Generator().manual_seed(0)
-    )
+def same_eps(ours, theirs, times, our_label=None, their_label=None) -> None:
+    x = torch.randn(1, *ours.shape, generator=torch.Generator().manual_seed(0))
+    as_batch = lambda label: None if label is None else torch.tensor([label])
     for t in times:
         with torch.inference_mode():
-            a, b = ours(x, torch.tensor([t])), theirs(x, t).sample
+            a = ours(x, torch.tensor([t]), as_batch(our_label))
+            b = theirs(x, t, as_batch(their_label)).sample
         # of the scale of the output; each is some 2e-6 of it from the same network in float64
-        assert (a - b).abs().max() < 1e-5 * b.abs().max(), t
+        assert (a - b).abs().max() < 1e-5 * b.abs().max(), (t, their_label)
