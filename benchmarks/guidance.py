@@ -1,4 +1,4 @@
-"""Guidance scale and interval against accuracy, FID and recall, as a table. From the project's folder:
+"""Guidance scale and interval against accuracy, FID and recall. From the project's folder:
 
 python benchmarks/extractor.py configs/digits.yml digits.pt
 python benchmarks/guidance.py lightning_logs/digits digits.pt --num-images 2000

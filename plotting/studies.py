@@ -64,8 +64,9 @@ class Study:
         raw = ", raw weights" if recipe["weights"] == "raw" else ""
         detail = {"ddpm": f" {recipe['variance']}", "ddim": f" eta {recipe['eta']:g}"}
         sampling = f"{sampler}{detail.get(sampler, '')}, {len(self.steps)} steps"
-        label = f", {recipe['class_label']}" if "class_label" in recipe else ""
-        return f"{self.run}, step {recipe['step']:,}{raw}{label}; {sampling}"
+        label = f", class {recipe['class_label']}" if "class_label" in recipe else ""
+        guided = f", guidance {scale:g}" if (scale := recipe.get("guidance_scale")) else ""
+        return f"{self.run}, step {recipe['step']:,}{raw}{label}; {sampling}{guided}"
 
     def seeds(self, count: int) -> list[int]:
         return list(range(self.seed, self.seed + (self.num_images or count)))

@@ -110,7 +110,6 @@ def values(facts):
         (10, [1, 1, 1], [4, 3, 3]),
         (10, [1, 2, 3], [2, 3, 5]),  # 1.67, 3.33, 5
         (2, [1, 1, 8], [0, 0, 2]),
-        (7, [5], [7]),
         (50_000, [178, 182, 177, 183, 181, 182, 181, 179, 174, 180], None),
         (6, [1, 2, 3], [1, 2, 3]),
     ],
@@ -207,9 +206,6 @@ def test_of_many_classes_the_worst_and_the_mean_are_shown():
     names, *_, accuracies = ([*column.cells] for column in table.columns)
     assert names == ["c0", "c1", "c2", "c3", "c4", "mean of classes"]
     assert accuracies[-1] == "0.4950"
-    for row in found.values():
-        del row["accuracy"]
-    assert [*class_table(found).columns[0].cells][:2] == ["c99", "c98"]
 
 
 def test_real_images_are_told_as_the_classifier_tells_them(place, run):
@@ -229,11 +225,10 @@ def test_real_images_are_told_as_the_classifier_tells_them(place, run):
 
 def test_a_model_of_one_class_has_one_number(place, run):
     line = "one --num-images 20 --timesteps 2 --metrics fid,kid,pr --batch-size 8"
-    output, facts = run(f"{line} --output single")
+    _, facts = run(f"{line} --output single")
     (row,) = facts["classes"].values()
     assert row == {"images": 20, "real images": 40, **values(facts)}
     assert facts["recipe"]["labels"] == {"0": 20}
-    assert "labels: 1, 20 images of each" in output
     # without the data nobody knows how often training saw a class
     Path("data/one.npz").rename("data/two.npz")
     output, _ = run(f"{line} --reference data", 2)
@@ -305,7 +300,6 @@ def test_likelihood_is_given_each_images_own_label(place, run):
         ("plain --class-label 3", "--class-label: this model knows no classes"),
         ("labelled.yml --class-label 3", "--class-label is of a model"),
         ("plain --guide wide --guidance-scale 2", "--guide has images of (1, 8, 16)"),
-        ("plain --guide plain", "--guide does nothing at --guidance-scale 1; try 2"),
         ("plain --guide labelled --guidance-scale 2", "--guide has classes"),
         ("labelled --guide nowhere --guidance-scale 2", "no checkpoint at nowhere"),
     ],
@@ -355,8 +349,6 @@ def test_images_that_are_no_squares(place, run):
     _, facts = run(f"{line} --save-images --output wide-kept")
     assert "stretching stretches images of 16x8 to a square" in facts["not as in the paper"]
     assert Image.open("wide-kept/images/000003.png").size == (16, 8)
-    folder = values(run("wide-kept/images --reference labelled.yml --metrics is")[1])
-    assert folder.keys() == {"IS-9"}
     # a folder of images of another shape is cut to the model's
     Image.new("L", (30, 30)).save(place / "data/a.png")
     Image.new("L", (9, 20), 255).save(place / "data/b.png")
@@ -403,7 +395,6 @@ def test_two_processes_are_one(place):
         with start(command, place) as process:
             process.finish(timeout=300)
         found.append(json.loads((place / f"on-{devices}" / "metrics.json").read_text()))
-    one, two = found
-    assert values(two) == pytest.approx(values(one), rel=1e-5)
-    for name, row in one["classes"].items():
-        assert two["classes"][name] == pytest.approx(row, rel=1e-5)
+    assert values(found[1]) == pytest.approx(values(found[0]), rel=1e-5)
+    for name, row in found[0]["classes"].items():
+        assert found[1]["classes"][name] == pytest.approx(row, rel=1e-5)
