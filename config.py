@@ -165,8 +165,8 @@ class TrainingConfig(Section):
     """largest norm of the global batch's gradient; null does not clip"""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """decay of the weights' moving average, which samples"""
-    loss_weight: Literal["eps"] = "eps"
-    """weight of the eps error over t: eps (the paper's) is 1"""
+    loss_weight: Literal["eps", "v"] = "eps"
+    """weight of the eps error over t: eps (the paper's) is 1, v that of v's error"""
     t_density: Literal["uniform"] = "uniform"
     """how t is drawn: uniform (the paper's)"""
     label_dropout: float = Field(0.1, ge=0, lt=1)

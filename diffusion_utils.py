@@ -31,17 +31,17 @@ from torch import Tensor
 
 Denoiser = Callable[[Tensor, int | Tensor], Tensor]  # (x_t [B, C, H, W], t) -> x0_hat
 
-# What the network predicts: F* = a x_0 + b eps, with (a, b) of s = sqrt(alpha_bar) and
-# n = sqrt(1 - alpha_bar).
+# what the network predicts: F* = a x_0 + b eps, with (a, b) of sqrt(alpha_bar), sqrt(1 - alpha_bar)
 TARGETS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]] = {
     "eps": lambda s, n: (0 * s, 1 + 0 * s),
     "x0": lambda s, n: (1 + 0 * s, 0 * s),
     "v": lambda s, n: (-n, s),  # Salimans & Ho 2022, section 4
 }
-
-
 # w over t, of SNR: the weight of the error of eps, whatever is predicted
-LOSS_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"eps": np.ones_like}
+LOSS_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "eps": np.ones_like,
+    "v": lambda snr: 1 + 1 / np.maximum(snr, 1e-12),  # makes it the error of v
+}
 # p over t, of SNR, not normalised
 T_DENSITIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"uniform": np.ones_like}
 

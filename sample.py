@@ -161,8 +161,7 @@ def sample(
             which_edit,
             which_seeds,
         )
-        from generation.folder import Job, free_folder, missing_images
-        from generation.images import Copies, write_copies
+        from generation.folder import Copies, Job, free_folder, missing_images, write_copies
         from generation.recipe import folder_name
         from weights import load_model
 

@@ -4,15 +4,18 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 
+from generation import images
 from generation.generate import generate
-from generation.images import ORIGINALS, image_file, read_images, write_png
+from generation.images import image_file, read_images, write_png
 from generation.recipe import Sampling
 
+ORIGINALS = "original.png", "original-2.png"  # of an edit
 BESIDE = *ORIGINALS, "grid.png", "images.npz", "pictures.npz", "chain.gif", "enlarged"
 
 
@@ -132,7 +135,7 @@ def write_missing(
         if not missing:
             continue
         denoiser, recipe = plan.denoiser(label, batches=batches), plan.recipe(label)
-        for seeds, images in generate(
+        for seeds, batch in generate(
             denoiser,
             plan.steps,
             missing,
@@ -142,5 +145,60 @@ def write_missing(
             advance=advance,
             walk=plan.walk,
         ):
-            for seed, pixels in zip(seeds, images, strict=True):
+            for seed, pixels in zip(seeds, batch, strict=True):
                 write_png(image_file(folder, seed), pixels, recipe | {"seed": seed})
+
+
+class Copies(NamedTuple):
+    """What is written beside the numbered images."""
+
+    grid: bool
+    upscale: int | None
+    format: str
+    gif: bool
+
+
+def write_copies(
+    plan: Sampling,
+    jobs: Sequence[Job],
+    seeds: Sequence[int],
+    originals: Sequence[Tensor],
+    folder: Path,
+    copies: Copies,
+) -> Iterator[str]:
+    """Write what is wanted of all images together, a grid in `folder`; yield what to say of it.
+
+    Args:
+        originals: what was edited, uint8 [C, H, W] each: they stand beside the images.
+    """
+    for name, original in zip(ORIGINALS, originals, strict=False):
+        write_png(folder / name, original)
+    if copies.grid:
+        yield f"all together: {write_grid(jobs, seeds, originals, folder / 'grid.png')}"
+    for label, place, _ in jobs:
+        if not plan.clip:  # there and back
+            pairs = zip(originals, read_images(place, [seeds[0], seeds[-1]]), strict=False)
+            found = " and ".join(f"{images.psnr(one, other):.1f}" for one, other in pairs)
+            yield f"reconstructed in {place}: PSNR {found} dB"
+        if copies.upscale:
+            there = read_images(place, seeds)
+            yield f"also: {images.write_enlarged(place, seeds, there, copies.upscale)}"
+        if copies.format != "png":
+            write = {"jpg": images.write_jpgs, "npz": images.write_npz}[copies.format]
+            yield f"also: {write(place, seeds, read_images(place, seeds))}"
+        if copies.gif:
+            where: dict[str, Any] = dict(shape=plan.shape, device=plan.model.device)
+            states = plan.walk(plan.denoiser(label), plan.steps, seeds[:36], **where)
+            yield f"also: {images.write_gif(states, len(plan.steps), place / 'chain.gif')}"
+
+
+def write_grid(
+    jobs: Sequence[Job], seeds: Sequence[int], originals: Sequence[Tensor], path: Path
+) -> Path:
+    """Write up to 400 images as one; several labels are rows, and so is a way from A to B."""
+    width = 400 if len(jobs) == 1 else min(20, max(1, 400 // len(jobs)))
+    first, last = ([image[None] for image in part] for part in (originals[:1], originals[1:]))
+    rows = [torch.cat([*first, read_images(j.folder, seeds[:width]), *last]) for j in jobs]
+    columns = len(rows[0]) if len(jobs) > 1 or last else None
+    write_png(path, images.image_grid(torch.cat(rows), columns))
+    return path

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +20,7 @@ from torchvision.utils import make_grid
 from diffusion_utils import Step, to_uint8
 from files import atomic_write
 
-if TYPE_CHECKING:
-    from generation.folder import Job
-    from generation.recipe import Sampling
-
 FRAMES = 60  # of an animation, at most
-ORIGINALS = "original.png", "original-2.png"
 
 
 def image_file(folder: Path, seed: int) -> Path:
@@ -132,58 +127,3 @@ def write_gif(states: Iterator[tuple[Step, Tensor, Tensor]], count: int, path: P
     return save(
         frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0
     )
-
-
-class Copies(NamedTuple):
-    """What is written beside the numbered images."""
-
-    grid: bool
-    upscale: int | None
-    format: str
-    gif: bool
-
-
-def write_copies(
-    plan: "Sampling",
-    jobs: Sequence["Job"],
-    seeds: Sequence[int],
-    originals: Sequence[Tensor],
-    folder: Path,
-    copies: Copies,
-) -> Iterator[str]:
-    """Write what is wanted of all images together, a grid in `folder`; yield what to say of it.
-
-    Args:
-        originals: what was edited, uint8 [C, H, W] each: they stand beside the images.
-    """
-    for name, original in zip(ORIGINALS, originals, strict=False):
-        write_png(folder / name, original)
-    if copies.grid:
-        yield f"all together: {write_grid(jobs, seeds, originals, folder / 'grid.png')}"
-    for label, place, _ in jobs:
-        if not plan.clip:  # there and back
-            pairs = zip(originals, read_images(place, [seeds[0], seeds[-1]]), strict=False)
-            found = " and ".join(f"{psnr(one, other):.1f}" for one, other in pairs)
-            yield f"reconstructed in {place}: PSNR {found} dB"
-        if copies.upscale:
-            there = read_images(place, seeds)
-            yield f"also: {write_enlarged(place, seeds, there, copies.upscale)}"
-        if copies.format != "png":
-            write = {"jpg": write_jpgs, "npz": write_npz}[copies.format]
-            yield f"also: {write(place, seeds, read_images(place, seeds))}"
-        if copies.gif:
-            where: dict[str, Any] = dict(shape=plan.shape, device=plan.model.device)
-            states = plan.walk(plan.denoiser(label), plan.steps, seeds[:36], **where)
-            yield f"also: {write_gif(states, len(plan.steps), place / 'chain.gif')}"
-
-
-def write_grid(
-    jobs: Sequence["Job"], seeds: Sequence[int], originals: Sequence[Tensor], path: Path
-) -> Path:
-    """Write up to 400 images as one; several labels are rows, and so is a way from A to B."""
-    width = 400 if len(jobs) == 1 else min(20, max(1, 400 // len(jobs)))
-    first, last = ([image[None] for image in part] for part in (originals[:1], originals[1:]))
-    rows = [torch.cat([*first, read_images(j.folder, seeds[:width]), *last]) for j in jobs]
-    columns = len(rows[0]) if len(jobs) > 1 or last else None
-    write_png(path, image_grid(torch.cat(rows), columns))
-    return path

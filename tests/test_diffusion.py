@@ -183,6 +183,16 @@ def test_targets_are_the_same_estimate():
     torch.testing.assert_close(results[0][0], plain, rtol=1e-9, atol=0)
 
 
+def test_vs_own_weight_makes_the_loss_the_error_of_v():
+    for schedule in ("linear", "cosine", "jsd"):
+        d = process(schedule, prediction="v")
+        x_0, eps, F = torch.randn(3, 6, 2, 4, 4)
+        t = torch.tensor([0, 1, 250, 500, 900, 998])
+        loss = d.loss(lambda *_, F=F: F, x_0, t, eps, d.column(LOSS_WEIGHTS["v"]).float())
+        plain = (F - d.target(x_0, t, eps)).square().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+
+
 def test_losses_stay_finite_without_signal():
     for name in TARGETS:
         d = process("jsd", prediction=name)  # alpha_bar is 0 at the last t

@@ -58,6 +58,8 @@ def place(tmp_path_factory):
         (folder / name).mkdir(parents=True)
         for i in range(4):
             noise_image(i, (size, size)).save(folder / name / f"{i}.png")
+    for i, name in enumerate(("photo", "other", "hole")):
+        noise_image(i, (24, 16)).save(folder / f"{name}.png")
     write_fashion(folder / "fashion")
     for part in ("train", "test"):
         pixels = np.zeros((32, 32, 3, 4), np.uint8)
