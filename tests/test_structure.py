@@ -90,7 +90,7 @@ def test_from_yaml_to_a_png_is_short():
     paths += [PROJECT / "pl_utils.py", PROJECT / "sample.py", PROJECT / "weights/model.py"]
     paths += [PROJECT / f"generation/{name}.py" for name in ("generate", "images", "recipe")]
     assert len(paths) <= 12
-    assert sum(len(path.read_text().splitlines()) for path in paths) <= 2450
+    assert sum(len(path.read_text().splitlines()) for path in paths) <= 2850
 
 
 def test_lightning_is_only_the_driver():
