@@ -107,6 +107,11 @@ class Images(Dataset):
             some = (some[:, None] == np.arange(len(self.classes))).astype(np.uint8)
         return some
 
+    def labels_fingerprint(self) -> str:
+        """Return 16 hexadecimal digits of all labels."""
+        labels = self.labels_of(range(len(self)))
+        return digest(b"" if labels is None else labels.tobytes())
+
     def count_classes(self) -> dict[str, int]:
         """Return how many images each class has."""
         if self.labels is None:

@@ -162,7 +162,7 @@ def sample(
             which_seeds,
         )
         from generation.folder import Copies, Job, free_folder, missing_images, write_copies
-        from generation.recipe import folder_name
+        from generation.recipe import folder_names
         from weights import load_model
 
         kind = which_edit(asked)
@@ -183,8 +183,7 @@ def sample(
         plan, originals = apply_edit(plan, kind, asked, len(chosen), fit_image)
         if format == "jpg" and model.shape[0] in (2, 4):
             raise ValueError("--format jpg knows no transparency, which these images have; png")
-        several = len(plan.labels) > 1
-        rows = {folder_name(str(label)) if several else "": label for label in plan.labels}
+        rows = folder_names(plan.labels)
         recipes = {name: plan.recipe(label) for name, label in rows.items()}
         if folder:
             missing = missing_images(folder, chosen, recipes)

@@ -90,7 +90,9 @@ def train(
 
             if is_main_process():
                 with console.status("measuring a few steps"):
-                    rows = measure(with_classes(config), dollars_per_hour)
+                    with suppress(FileNotFoundError):  # then random images stand in
+                        config = with_classes(config)
+                    rows = measure(config, dollars_per_hour)
                 for name, text in rows.items():
                     console.print(f"{name}: {text}")
         else:

@@ -125,8 +125,10 @@ def class_scores(
     without: dict[str, list[str]] = {metric: [] for metric in asked}
     for k, name in enumerate(known.classes):
         mine = np.flatnonzero(known.labels[:, k])
+        if not len(mine):
+            continue
         found[name] = {"images": len(mine)}
-        if right is not None and len(mine):
+        if right is not None:
             found[name]["accuracy"] = float(right[mine].mean())
         if real is None or known.real is None:
             continue

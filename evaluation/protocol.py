@@ -199,6 +199,9 @@ class Plan:
             raise ValueError(f"nothing of {self.options.source} can be measured")
         self.recipe["metrics"] = self.metrics
         if self.metrics == ["nll"]:  # nothing is sampled
+            for key in self.options.sampling.keys() & {"class_label", "guide"}:
+                option = key.replace("_", "-")
+                raise ValueError(f"--{option} is of samples; nll takes each image's own label")
             self.extractor = None
             for key in ("images", "seeds", "precision", *GUIDED, *SamplingConfig.model_fields):
                 self.recipe.pop(key, None)

@@ -33,7 +33,7 @@ from evaluation.protocol import Options, Plan
 from files import atomic_write
 from generation import generate, make_denoiser
 from generation.folder import fill, missing_seeds
-from generation.recipe import folder_name, label_vector
+from generation.recipe import folder_names, label_vector
 from training.hardware import duration, timed
 from weights import Model
 
@@ -88,8 +88,8 @@ class Measurement(Plan):
 
     def place(self, folder: Path, label: Label) -> Path:
         """Return where images of a label are kept: with several labels each has its folder."""
-        several = len(self.by_label) > 1
-        return folder / "images" / (folder_name(label or "no label") if several else "")
+        names = {label: name for name, label in folder_names(self.by_label).items()}
+        return folder / "images" / names[label]
 
     def seeds(self, rows: list[int]) -> list[int]:
         """Return the seeds of images: of the first, and 1 more for each next one."""

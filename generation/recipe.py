@@ -1,5 +1,6 @@
 """A recipe: all that decides an image but its seed. It is written into the image."""
 
+import math
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ class Sampling:
     ):
         self.model, self.guide, config = model, guide, model.config
         self.network = at_precision(model.network, precision)
+        self.guide_network = at_precision(guide.network, precision) if guide else None
         settings = {k: chosen.get(k, v) for k, v in config.sampling.model_dump().items()}
         for option, only in (("eta", "ddim"), ("variance", "ddpm")):
             if option in chosen and settings["sampler"] != only:
@@ -75,12 +77,8 @@ class Sampling:
             "checkpoint": source,
             "weights": model.weights,
             "digest": model.digest(),
-        }
-        image_size = height if height == width else [height, width]
-        facts |= {
-            "digest": model.digest(),
             "step": model.step,
-            "image_size": image_size,
+            "image_size": height if height == width else [height, width],
             **settings,
         }
         self.facts = facts | {"timesteps": len(self.steps), "precision": precision}
@@ -96,11 +94,15 @@ class Sampling:
         own = model.config.guidance.model_dump() if drawn else {}
         asked = {k: chosen[f"guidance_{k}"] for k in Guidance._fields if f"guidance_{k}" in chosen}
         guidance = Guidance(**own | asked)
+        if not math.isfinite(guidance.scale):
+            raise ValueError(f"--guidance-scale {guidance.scale} is not finite; try 1.5")
+        if "interval" in asked and guidance.scale == 1:
+            raise ValueError("--guidance-interval does nothing at --guidance-scale 1; try 2")
         if asked and not (drawn or guide):
             raise ValueError("guidance leads to a --class-label, or away from a --guide; give one")
         if guidance.interval and not 0 <= guidance.interval[0] < guidance.interval[1]:
             raise ValueError(f"--guidance-interval {guidance.interval}: LO,HI with 0 <= LO < HI")
-        has_null = not model.config.dataset.classes or model.config.training.label_dropout > 0
+        has_null = knows_no_label(model)
         if not has_null and not drawn:
             raise ValueError(
                 "this model was trained with a label on every image (training.label_dropout=0); "
@@ -125,6 +127,8 @@ class Sampling:
         ):
             if ours != theirs and (theirs or what != "classes"):
                 raise ValueError(f"--guide has {what} {theirs}, and the model {ours}")
+        if self.labels == [None] and not knows_no_label(guide):
+            raise ValueError("--guide knows images with a label alone; say --class-label")
         if (self.model.diffusion.betas != guide.diffusion.betas).any():
             raise ValueError("--guide has another noise schedule than the model")
 
@@ -141,8 +145,7 @@ class Sampling:
             "compiled": pays_to_compile(self.model.config, self.model.device, calls),
         }
         worse = None
-        if self.guide:
-            network = at_precision(self.guide.network, self.facts["precision"])
+        if self.guide and (network := self.guide_network):
             theirs = vector if self.guide.config.dataset.classes else None
             worse = make_denoiser(network, self.guide.diffusion, clip=False, label=theirs, **how)
         how |= {"label": vector, "guidance": self.guidance, "guide": worse, "clip": self.clip}
@@ -165,7 +168,8 @@ def parse_labels(texts: Iterable[str], classes: list[str]) -> list[str]:
     for text in texts:
         parts = [text] if text in classes else [part.strip() for part in text.split(",")]
         for part in parts:
-            found += classes if part == "all" else [_parse_label(part, classes)]
+            all_of_them = part == "all" and part not in classes
+            found += classes if all_of_them else [_parse_label(part, classes)]
     return list(dict.fromkeys(found))
 
 
@@ -175,12 +179,12 @@ def _parse_label(text: str, classes: list[str]) -> str:
     names = []
     for part in text.split("+"):
         if part not in classes:
-            if not (part.isdigit() and int(part) < len(classes)):
+            if not (part.isdecimal() and int(part) < len(classes)):
                 shown = classes if len(classes) <= 20 else [*classes[:20], "..."]
                 raise ValueError(f"--class-label {part!r} is no class{did_you_mean(part, shown)}")
             part = classes[int(part)]
         names.append(part)
-    return "+".join(names)
+    return "+".join(name for name in classes if name in names)
 
 
 def label_vector(label: str, classes: list[str]) -> Tensor:
@@ -192,6 +196,18 @@ def label_vector(label: str, classes: list[str]) -> Tensor:
     return vector
 
 
-def folder_name(label: str) -> str:
-    """Return what the folder of a label's images is called."""
-    return re.sub(r"[^\w.+-]+", "-", label).strip("-.") or "label"
+def folder_names(labels: Iterable[str | None]) -> dict[str, str | None]:
+    """Return {what the folder of a label's images is called: label}; one label has none."""
+    labels, found = list(labels), dict[str, str | None]()
+    for i, label in enumerate(labels):
+        name = re.sub(r"[^\w.+-]+", "-", label or "no label").strip("-.") or "label"
+        if name.casefold() in map(str.casefold, found):
+            name = f"{name}-{i}"
+        found[name] = label
+    return found if len(labels) > 1 else {"": labels[0]}
+
+
+def knows_no_label(model: "Model") -> bool:
+    """Tell whether a model has seen images without a label."""
+    config = model.config
+    return not config.dataset.classes or config.training.label_dropout > 0

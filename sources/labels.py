@@ -33,8 +33,8 @@ def as_labels(array: np.ndarray, count: int, names: Sequence[str] = (), at: str 
         array = array[:, 0]
     if array.ndim not in (1, 2) or len(array) != count or not array.size:
         raise ValueError(f"{at} holds {array.shape}; give ({count},) or ({count}, classes)")
-    numeric = array.dtype.kind in "biuf"
-    if not numeric or array.min() < 0 or (array != np.floor(array)).any():
+    finite = array.dtype.kind in "biuf" and bool(np.isfinite(array).all())
+    if not finite or array.min() < 0 or (array != np.floor(array)).any():
         raise ValueError(f"{at} holds other values than the numbers of classes, 0, 1, 2 ...")
     if array.ndim == 2 and array.max() > 1:
         raise ValueError(f"{at} holds {array.max():g}; rows of {array.shape[1]} are of 0 and 1")
@@ -94,7 +94,8 @@ def name_classes(labels: Labels, known: Sequence[str] = ()) -> list[str]:
     held = len(count_classes(labels.of))
     names = list(labels.names or known or map(str, range(held)))
     if known and names != list(known):
-        raise ValueError(f"they are {names}, and dataset.classes {list(known)}: leave that out")
+        other = sorted(set(names) ^ set(known))[:8] or "their order"
+        raise ValueError(f"they are not dataset.classes ({other}); take the data of the run")
     if held > len(names) or (labels.of.ndim == 2 and held < len(names)):
         raise ValueError(f"they are {held}, and dataset.classes names {len(names)}: {names}")
     return names

@@ -202,12 +202,12 @@ def test_a_network_is_two_parts_and_one_embedding_does_for_all():
 
 def test_transposed_images_and_kernels_give_a_transposed_prediction():
     config = {**TINY, "image_size": 12, "attention_resolutions": [6], "classes": 5}
-    net = wake(UNet(**config)).eval()
-    turned = wake(UNet(**config)).eval()
+    net, turned = (wake(UNet(**config)).double().eval() for _ in "ab")
     for name, layer in turned.named_modules():
         if isinstance(layer, nn.Conv2d):
             layer.weight.data = layer.weight.data.mT.contiguous()
-    x, t, labels = torch.randn(2, 3, 12, 20), torch.tensor([3, 900]), torch.eye(5)[[1, 4]]
+    x, t = torch.randn(2, 3, 12, 20, dtype=torch.float64), torch.tensor([3, 900])
+    labels = torch.eye(5)[[1, 4]]
     with torch.no_grad():
         torch.testing.assert_close(
             net(x, t, labels).mT, turned(x.mT.contiguous(), t, labels), rtol=1e-5, atol=1e-6

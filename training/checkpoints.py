@@ -56,8 +56,9 @@ class Checkpoints(pl.Callback):
         data = trainer.datamodule.fingerprints()  # type: ignore[attr-defined]
         if checkpoint.get("data", data) != data:
             raise ValueError(
-                "the images are not those that this run has trained on (dataset.root): going on "
-                "would mix the validation set into training; start another run"
+                "the images, or their labels, are not those that this run has trained on "
+                "(dataset.root): going on would mix the validation set into training; start "
+                "another run"
             )
         # Lightning saves in the middle of its batch count; ours are steps, so both are one number
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

@@ -33,7 +33,10 @@ class ImageData(pl.LightningDataModule):
 
     def fingerprints(self) -> dict[str, str]:
         """Return what identifies the images of each split."""
-        return {split: images.fingerprint() for split, images in self.images.items()}
+        found = {split: images.fingerprint() for split, images in self.images.items()}
+        if self.config.dataset.labels:
+            found["labels"] = self.images["train"].labels_fingerprint()
+        return found
 
     def train_dataloader(self) -> DataLoader:
         """Return this rank's shares of the batches from the current step on, without end."""

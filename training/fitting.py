@@ -1,5 +1,7 @@
 """Before the first step: compile the network, and find micro-batches that fit into memory."""
 
+from functools import partial
+
 import pytorch_lightning as pl
 import torch
 
@@ -44,10 +46,13 @@ class FitIntoMemory(pl.Callback):
         parameters = list(module.unet.parameters())
         x = torch.zeros(micro, *self.config.dataset.shape, device=module.device)
         t = torch.zeros(micro, dtype=torch.long, device=module.device)
+        classes = len(self.config.dataset.classes)
+        labels = torch.zeros(micro, classes, device=module.device) if classes else None
         try:
             # what Adam's moments and the ranks' gradients will take, which are not there yet
             later = [torch.empty_like(p) for p in parameters * 3 if p.is_cuda]
-            loss = module.diffusion.loss(module.train_network, x, t, x).mean()
+            network = partial(module.train_network, labels=labels)
+            loss = module.diffusion.loss(network, x, t, x).mean()
             torch.autograd.grad(loss, parameters)
             del later
         except torch.OutOfMemoryError:

@@ -169,11 +169,8 @@ def test_a_class_is_measured_as_its_images_alone():
         "images": 60, "real images": 60, "accuracy": accuracy,
         **{name: score.value for name, score in overall.items()},
     }  # fmt: skip
-    assert found["b"] == {"images": 0, "real images": 0}
-    assert without == [
-        f"without {what} of b, c: fewer than {few} images, made or real"
-        for what, few in (("FID", 5), ("KID", 2), ("precision, recall", 4))
-    ]
+    assert found.keys() == {"a"}  # nobody asked for the others
+    assert without == []
     # some of them, and some in two classes
     labels = np.zeros((60, 3), np.uint8)
     labels[:20, 0] = labels[10:50, 1] = labels[58:, 2] = 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dataset import with_classes
 from generation import Guidance, Sampling, generate, make_denoiser
-from generation.recipe import folder_name, label_vector, parse_labels
+from generation.recipe import folder_names, label_vector, parse_labels
 from model import Network, at_precision, build_network
 from weights import Model, write_checkpoint
 
@@ -160,7 +160,11 @@ def test_labels_by_name_number_and_together():
     assert parse("2") == ["2"]  # a name before a number
     assert parse("hat+1") == ["hat+red cape"]
     assert label_vector("hat+red cape", classes).tolist() == [1, 1, 0, 0]
-    assert folder_name("Food & Drink") == "Food-Drink"
+    assert parse("1+hat+1") == ["hat+red cape"]  # one label, however it is said
+    assert folder_names(["Food & Drink"]) == {"": "Food & Drink"}
+    names = ["C++", "a b", "A-b", "??"]  # folders are alike whatever their case on some systems
+    assert folder_names(names) == {"C++": "C++", "a-b": "a b", "A-b-2": "A-b", "label": "??"}
+    assert parse_labels(["all"], ["all", "b"]) == ["all"]
     with pytest.raises(ValueError, match=r"'4' is no class; .*hat"):
         parse("4")
     with pytest.raises(ValueError, match="knows no classes"):
@@ -172,6 +176,9 @@ def test_labels_by_name_number_and_together():
     [
         ({"guidance_scale": 2.0}, "leads to a --class-label, or away from a --guide"),
         ({"class_label": ["11"]}, "'11' is no class"),
+        ({"class_label": ["\u00b2"]}, "is no class"),
+        ({"class_label": ["1"], "guidance_scale": float("inf")}, "is not finite"),
+        ({"class_label": ["1"], "guidance_interval": [0, 1]}, "does nothing at --guidance-scale 1"),
         ({"class_label": ["1"], "guidance_scale": 2.0, "guidance_interval": [2, 1]}, "LO < HI"),
     ],
 )
@@ -193,6 +200,8 @@ def test_a_guide_must_fit(model):
             plan(labelled(*change))
     with pytest.raises(ValueError, match="does nothing at --guidance-scale 1"):
         plan(labelled(), guidance_scale=1.0)
+    with pytest.raises(ValueError, match="--guide knows images with a label alone"):
+        plan(labelled("training.label_dropout=0"))
     assert plan(labelled(seed=1)).recipe()["guide"] == labelled(seed=1).digest()
 
 

@@ -157,7 +157,7 @@ def test_a_table_of_labels_shows_in_a_state_dict(name, tmp_path):
     assert back.config.model.attention_resolutions == [8]
     for layer, value in model.network.state_dict().items():
         assert torch.equal(back.network.state_dict()[layer], value)
-    with pytest.raises(ValueError, match=r"dataset.image_size: 'wide'"):
+    with pytest.raises(ValueError, match=r"dataset\.image_size: wide is neither"):
         import_model(tmp_path / "plain.pt", tmp_path / "p.ckpt", ["dataset.image_size=wide"])
 
 
