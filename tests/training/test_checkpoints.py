@@ -95,7 +95,7 @@ def test_damage_anywhere_is_only_ever_a_value_error(tmp_path):
 
 def test_other_images_are_not_trained_on(tmp_path):
     train(tmp_path)
-    with pytest.raises(ValueError, match="images are not those"):
+    with pytest.raises(ValueError, match="are not those"):
         last, _ = newest_checkpoint(tmp_path)
         train(tmp_path, "training.max_steps=9", "dataset.validation_fraction=0.2", resume=last)
 
