@@ -49,6 +49,7 @@ class Measurement(Plan):
     def __init__(self, options: Options, console: Console):
         super().__init__(options, console)
         self.missing = {options.seed + row for row in range(self.count)}
+        self.subfolders = {label: name for name, label in folder_names(self.by_label).items()}
         self.folder = self._choose_folder()
         self.seconds: dict[str, float] = {}
         self._announce()
@@ -88,8 +89,7 @@ class Measurement(Plan):
 
     def place(self, folder: Path, label: Label) -> Path:
         """Return where images of a label are kept: with several labels each has its folder."""
-        names = {label: name for name, label in folder_names(self.by_label).items()}
-        return folder / "images" / names[label]
+        return folder / "images" / self.subfolders[label]
 
     def seeds(self, rows: list[int]) -> list[int]:
         """Return the seeds of images: of the first, and 1 more for each next one."""
@@ -113,8 +113,9 @@ class Measurement(Plan):
 
     def networks(self) -> list[nn.Module | None]:
         """Return what must be on each rank's device."""
-        drawing = self.sampling.network if self.model else None  # a copy, in bfloat16
-        return [self.model, drawing, self.guide, self.extractor]
+        # those that draw are copies, in bfloat16
+        drawing = [self.sampling.network, self.sampling.guide_network] if self.model else []
+        return [self.model, self.guide, self.extractor, *drawing]
 
     def work(self, ranks: Ranks) -> None:
         """Measure the reference, then the images, then the likelihood."""

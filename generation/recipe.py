@@ -198,11 +198,12 @@ def label_vector(label: str, classes: list[str]) -> Tensor:
 
 def folder_names(labels: Iterable[str | None]) -> dict[str, str | None]:
     """Return {what the folder of a label's images is called: label}; one label has none."""
-    labels, found = list(labels), dict[str, str | None]()
+    labels, found, taken = list(labels), dict[str, str | None](), set[str]()
     for i, label in enumerate(labels):
         name = re.sub(r"[^\w.+-]+", "-", label or "no label").strip("-.") or "label"
-        if name.casefold() in map(str.casefold, found):
+        while name.casefold() in taken:  # some disks tell a from A no more than we do
             name = f"{name}-{i}"
+        taken.add(name.casefold())
         found[name] = label
     return found if len(labels) > 1 else {"": labels[0]}
 

@@ -331,7 +331,8 @@ def test_all_that_draws_goes_to_each_device(place, monkeypatch):
     line += " --num-images 4 --extractor ten.pt"
     assert CliRunner().invoke(evaluate.app, line.split()).exit_code == 0
     moved = {id(p) for net in found["run"].networks() for p in net.parameters()}
-    for net in (found["run"].sampling.network, found["run"].guide, found["run"].extractor):
+    plan = found["run"].sampling
+    for net in (plan.network, plan.guide_network, found["run"].guide, found["run"].extractor):
         assert {id(p) for p in net.parameters()} <= moved
 
 
