@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import gzip
 import importlib
 import itertools
 import math
@@ -102,6 +103,25 @@ def noise_image(seed, size=(8, 8), mode="RGB"):
     return Image.fromarray(pixels.squeeze().astype(np.uint8), mode)
 
 
+def random_pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_idx(folder, *, count=5, packed=True, dot="-"):
+    """Write images and labels, 0 ... 9 and again; return the pixels of each part."""
+    folder.mkdir(parents=True)
+    written = {}
+    for part, seed in (("train", 0), ("t10k", 1)):
+        written[part] = random_pixels(count, 28, 28, seed=seed)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for kind, array in (("images", written[part]), ("labels", labels)):
+            header = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes()
+            content = header + array.tobytes()
+            path = folder / f"{part}-{kind}{dot}idx{array.ndim}-ubyte{'.gz' * packed}"
+            path.write_bytes(gzip.compress(content) if packed else content)
+    return written
+
+
 def write_cifar(root, count=5, form="py"):
     """Write six batches; return their pixels. The label of an image is its first byte modulo 10."""
     folder = root / f"cifar-10-batches-{form}"
@@ -136,6 +156,11 @@ def load(tmp_path, name="folder", **changes):
     return load_images(**{**keys, **changes})
 
 
+def pixels_of(parts, key="train"):
+    """Return all images of a part, uint8 [N, C, H, W]."""
+    return parts[key][list(range(len(parts[key])))].images.numpy()
+
+
 # ---- features
 
 
@@ -155,6 +180,11 @@ class Net(nn.Module):
 
 
 # ---- runs
+
+
+def values(facts):
+    """Return the scores of a metrics.json by name."""
+    return {name: score["value"] for name, score in facts["scores"].items()}
 
 
 salt = itertools.count()

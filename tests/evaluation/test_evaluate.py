@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -13,15 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from helpers import PROJECT, Net, assert_same, start, tiny, train
+from helpers import PROJECT, Net, assert_same, start, tiny, train, values
 from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from typer.testing import CliRunner
 
-import evaluate
 from evaluation.callback import Evaluation
 from evaluation.extractor import INCEPTION
 from evaluation.likelihood import bits_per_dim
@@ -70,27 +67,6 @@ def place(tmp_path_factory):
         torch.jit.script(Net().eval()).save(folder / "net.pt")
     (folder / "configs").symlink_to(PROJECT / "configs")
     return folder
-
-
-@pytest.fixture
-def run(place, monkeypatch):
-    """`run(line)` is `python evaluate.py line` in this process: its output, and metrics.json."""
-    monkeypatch.chdir(place)
-
-    def run(line, code=0):
-        device = "" if "--device" in line else "--device cpu"
-        result = CliRunner().invoke(evaluate.app, shlex.split(f"{line} {device}"))
-        assert result.exit_code == code, result.output
-        assert result.exception is None or isinstance(result.exception, SystemExit)
-        folder = re.search(r"^output: (.*)$", result.output, re.M)
-        facts = Path(folder[1], "metrics.json") if folder else None
-        return result.output, json.loads(facts.read_text()) if facts and code == 0 else None
-
-    return run
-
-
-def values(facts):
-    return {name: score["value"] for name, score in facts["scores"].items()}
 
 
 # ---- the numbers
