@@ -90,12 +90,12 @@ class Images(Dataset):
         return len(self.rows)
 
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits of how many there are and of 64 evenly spaced ones."""
+        """Return 16 hexadecimal digits of the count and of 64 evenly spaced images."""
         some = np.linspace(0, len(self) - 1, min(64, len(self))).astype(int).tolist()
         return digest(f"{len(self)} {self.shape}".encode() + self[some].images.numpy().tobytes())
 
     def of(self, rows: np.ndarray) -> "Images":
-        """Return some of them, in the order of `rows`."""
+        """Return some of the images, in the order of `rows`."""
         return Images(self.source, self.rows[rows], self.labels, self.classes)
 
     def labels_of(self, rows: Sequence[int]) -> np.ndarray | None:
@@ -131,7 +131,7 @@ def _open(path: Path) -> np.ndarray:
 
 
 def digest(content: bytes) -> str:
-    """Return 16 hexadecimal digits that name a content."""
+    """Return 16 hexadecimal digits that name `content`."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 

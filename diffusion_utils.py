@@ -190,16 +190,16 @@ CELLS = 1024  # of a step; t is drawn to this precision
 def cell_edges(density: Tensor) -> Tensor:
     """Return where each t ends among the CELLS * T equal cells of a uniform draw, int64 [T].
 
-    `torch.searchsorted(edges, cell, right=True)` is the inverse CDF of p, in integers, so that
-    every device draws the same t.
-
-    Takes p over t, [T], which need not sum to 1.
+    `torch.searchsorted(edges, cell, right=True)` is the inverse CDF of `density`, p over t, [T],
+    which need not sum to 1; in integers, so that every device draws the same t.
     """
     share = density.double().cumsum(0) / density.double().sum()
     return (share * (CELLS * len(density))).round().long()
 
 
 # ---- samplers
+
+FARTHEST = 80  # noise / signal, the sigma_max of Karras et al. 2022
 
 
 class Step(NamedTuple):
@@ -254,7 +254,7 @@ def make_steps(
 def ddpm_steps(
     diffusion: GaussianDiffusion, times: list[int], *, variance: str, **_: Any
 ) -> list[Step]:
-    """Return Algorithm 2: DDIM's row with eta 1 (Eq. 7), `large` with the variance of beta."""
+    """Return Algorithm 2's table: DDIM's with eta 1 (Eq. 7), `large` with the variance of beta."""
     steps = []
     for step in ddim_steps(diffusion, times, eta=1.0):
         if variance == "large" and step.s >= 0:
@@ -278,7 +278,7 @@ def ddim_steps(
 
 
 def dpm_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list[Step]:
-    """Return DPM-Solver++(2M): second-order multistep, without noise."""
+    """Return DPM-Solver++(2M)'s table: second-order multistep, without noise."""
     return second_order(diffusion, ddim_steps(diffusion, times, eta=0.0))
 
 
@@ -302,7 +302,7 @@ def second_order(diffusion: GaussianDiffusion, steps: list[Step]) -> list[Step]:
 
 
 def heun_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list[Step]:
-    """Return Heun's method on the probability-flow ODE (Karras et al. 2022, Algorithm 1).
+    """Return Heun's table for the probability-flow ODE (Karras et al. 2022, Algorithm 1).
 
     In x / sqrt(alpha_bar) and r = noise / signal the slope is (x - x0_hat) / r: an Euler row (DDIM)
     goes to s, a second asks the network there and takes the mean of both slopes.
@@ -312,7 +312,7 @@ def heun_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list
         steps.append(euler)
         a_t, a_s = diffusion.alpha_bar(euler.t), diffusion.alpha_bar(euler.s)
         r_t, r_s = (math.sqrt((1 - a) / a) for a in (a_t, a_s))
-        if euler.s < 0 or r_t > 80:  # no slope at r = 0; nothing to see beyond their sigma_max
+        if euler.s < 0 or r_t > FARTHEST:  # no slope at r = 0; nothing to see beyond
             continue
         h, signal = (r_s - r_t) / 2, math.sqrt(a_s)
         states = h / r_s, math.sqrt(a_s / a_t) * (1 + h / r_t)

@@ -155,7 +155,7 @@ _Loader.construct_mapping = _no_duplicate_keys  # type: ignore
 
 
 def parse_yaml(text: str) -> Any:
-    """Return plain data."""
+    """Parse YAML into plain data."""
     return yaml.load(text, _Loader)  # safe: _Loader is yaml.SafeLoader with better floats
 
 

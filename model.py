@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class Network(nn.Module):
-    """What the rest of the code asks of a network: (x_t, t, labels) -> F, in two parts.
+    """The interface of every network: (x_t, t, labels) -> F, in two parts.
 
-    `embed` is what does not depend on x, so that sampling runs it once for all its steps.
+    `embed` does not depend on x, so that sampling runs it once for all its steps.
 
     Attributes:
         size_multiple: sides of images are multiples of it.

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: contestants that take turns, and tables of it."""
+"""Contestants that take turns, and tables of it: shared by the scripts of this folder."""
 
 import copy
 import multiprocessing
@@ -91,7 +91,7 @@ def diffusers_net(options: Options) -> nn.Module:
 
 
 def denoising_diffusion_net(options: Options) -> nn.Module:
-    """Return its U-Net with our widths, and full attention where we have attention."""
+    """Return the peer's U-Net with our widths, and full attention where we have attention."""
     from denoising_diffusion_pytorch import Unet
 
     model = options.config().model

@@ -1,4 +1,4 @@
-"""What checkpoints, previews and validation take beside the steps, at the paper's settings."""
+"""Measure what checkpoints, previews and validation add to the steps, at the paper's settings."""
 
 import statistics
 import sys

@@ -1,4 +1,4 @@
-"""Where a step's time goes, what Lightning adds, how cost grows, and whether the data keeps up."""
+"""Measure where a step's time goes, what Lightning adds, how cost grows, if the data keeps up."""
 
 import re
 import statistics
@@ -77,7 +77,7 @@ def in_range(function, name: str):
 
 
 def kind_of(event, forward_kinds: dict[int, str]) -> str:
-    """Return its own kind, else its caller's; backward, by the forward operation it belongs to."""
+    """Return an event's kind, else its caller's; backward, by the forward operation it is of."""
     while event is not None:
         if event.name.startswith("autograd::engine::evaluate_function"):
             return forward_kinds.get(event.sequence_nr, OTHER)
@@ -180,7 +180,7 @@ def lightning_table(rounds: int, steps: int) -> str:
 
 
 def marks(steps: int) -> tuple[int, int]:
-    """Return what is timed: neither the first steps nor the last, which saves."""
+    """Return the steps that are timed: neither the first steps nor the last, which saves."""
     return steps // 10, steps - 2
 
 

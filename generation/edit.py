@@ -14,11 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_utils import Denoiser, GaussianDiffusion, Step, ddim_steps, from_uint8, reverse
+from diffusion_utils import (
+    FARTHEST,
+    Denoiser,
+    GaussianDiffusion,
+    Step,
+    ddim_steps,
+    from_uint8,
+    reverse,
+)
 from generation.generate import SeedNoise, Walk
 from generation.recipe import Sampling
 
-FARTHEST = 80  # noise to signal of latents; beyond it rows differ by more than eps_hat can tell
 Chain = Iterator[tuple[Step, Tensor, Tensor]]
 
 
@@ -164,6 +171,7 @@ def encode(plan: Sampling, images: Sequence[Tensor], count: int = 1) -> Sampling
     """
     device, diffusion = plan.model.device, plan.model.diffusion
     x_0 = torch.stack([from_uint8(image) for image in images]).to(device)
+    # beyond FARTHEST rows differ by more than eps_hat can tell
     seen = (step.t for step in plan.steps if diffusion.alpha_bar(step.t) * (1 + FARTHEST**2) >= 1)
     times = sorted({0, *seen})
     up = inversion(diffusion, times)

@@ -150,7 +150,7 @@ def write_missing(
 
 
 class Copies(NamedTuple):
-    """What is written beside the numbered images."""
+    """The copies to write beside the numbered images."""
 
     grid: bool
     upscale: int | None

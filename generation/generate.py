@@ -18,7 +18,7 @@ MANY_CALLS = 5000  # of the network; from here compiling on CUDA repays its minu
 
 
 class Guidance(NamedTuple):
-    """How far estimates are led away from a worse model's (Ho & Salimans 2022, Eq. 6).
+    """A scale that leads estimates away from a worse model's (Ho & Salimans 2022, Eq. 6).
 
     eps_0 + scale (eps_1 - eps_0), where eps_1 is of the model that is asked, and eps_0 of it
     without its label (classifier-free), or of another model (Karras et al. 2024, autoguidance).

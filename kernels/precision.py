@@ -1,4 +1,4 @@
-"""Which numbers the hardware multiplies, and how exactly."""
+"""Tell which numbers the hardware multiplies, and choose how exactly."""
 
 import os
 from collections.abc import Iterator

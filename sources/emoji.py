@@ -88,7 +88,7 @@ def base_of(text: str) -> str:
 
 
 class Drawer:
-    """Draws emoji as RGBA, on nothing."""
+    """Draw emoji as RGBA on a transparent ground."""
 
     def __init__(self, font: Path):
         self.font, self.lock = ImageFont.truetype(font, SIZE), Lock()  # it is not for threads

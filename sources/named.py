@@ -1,4 +1,4 @@
-"""What `dataset.name` means: from a name and a folder to training and validation images.
+"""The sets that `dataset.name` names: from a name and a folder to training and validation images.
 
 What is at `root` is used as it is; only what is missing is downloaded.
 """

@@ -20,7 +20,7 @@ TITLE = "contact sheet of dataset.py"
 
 
 class Headers(NamedTuple):
-    """Counts over the files as they are."""
+    """The files as they are, counted."""
 
     sizes: Counter  # of (width, height), upright
     modes: Counter  # of Pillow's names
@@ -58,7 +58,7 @@ def _read_header(source: Source, closely: set, row: int) -> tuple | None:
 
 
 class Values(NamedTuple):
-    """What training sees."""
+    """The pixels that training sees, counted."""
 
     histogram: np.ndarray  # int64 [C, 256]
     digests: list[bytes]  # equal images have equal ones
