@@ -320,3 +320,24 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Seed = Annotated[
     int, typer.Option(min=0, max=2**62, help="Seed of the first image; each next one has 1 more.")
 ]
+Which = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="best|last|STEP",
+        help="Which checkpoint of a run's folder. Default: the newest.",
+    ),
+]
+
+
+def checkpoint_of(source: Path, name: str | None) -> Path:
+    """Return a run's checkpoint: best, last or that of a step; FileNotFoundError: it has none."""
+    if name is None:
+        return source
+    folder = source / "checkpoints"
+    path = folder / f"{f'step-{int(name):08d}' if name.isdecimal() else name}.ckpt"
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in folder.glob("*.ckpt"))) or "none"
+        hint = "; training.keep_best=validation keeps the best" if name == "best" else ""
+        raise FileNotFoundError(f"no --checkpoint {name} in {folder}, there are: {there}{hint}")
+    return path

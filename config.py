@@ -171,6 +171,8 @@ class TrainingConfig(Section):
     """how t is drawn: uniform (the paper's)"""
     label_dropout: float = Field(0.1, ge=0, lt=1)
     """share of labels left out, which guidance needs"""
+    keep_best: Literal["validation", "fid", "kid"] | None = free(None)
+    """keep the best checkpoint, by the EMA's loss on validation images, or by fid or kid"""
     max_skipped_steps: int = free(20, ge=1)
     """steps in a row without a finite gradient that end the run"""
 
@@ -294,12 +296,13 @@ class Config(Section):
                 f"hardware.micro_batch_size {micro} does not divide training.batch_size "
                 f"{batch_size}; these do: {divisors(batch_size)}"
             )
-        steps = self.sampling.timesteps
-        if steps is not None and steps > self.diffusion.timesteps:
-            raise ValueError(
-                f"sampling.timesteps {steps} is more than diffusion.timesteps "
-                f"{self.diffusion.timesteps}"
-            )
+        best = self.training.keep_best
+        key = "validate_every" if best == "validation" else "evaluate_every"
+        if best and not self.evaluation.model_dump()[key]:
+            raise ValueError(f"training.keep_best={best} is never measured: set evaluation.{key}")
+        steps, T = self.sampling.timesteps, self.diffusion.timesteps
+        if steps is not None and steps > T:
+            raise ValueError(f"sampling.timesteps {steps} is more than diffusion.timesteps {T}")
         return self
 
 
@@ -358,9 +361,7 @@ def _explain(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"] if part not in of_unions)
     if fault["type"] == "extra_forbidden":
         section = fault["loc"][0]
-        known = Config.model_fields
-        if len(fault["loc"]) > 1:
-            known = fields_of(section)
+        known = fields_of(section) if len(fault["loc"]) > 1 else Config.model_fields
         return f"{where}: no such key{did_you_mean(str(fault['loc'][-1]), known)}"
     if fault["type"] == "missing":
         return f"{where}: missing; give it a value"

@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.progress import track
 
-from cli import Device, Seed, Weights, fail, plain_console, sampling_options, usable_device
+from cli import (
+    Device,
+    Seed,
+    Weights,
+    Which,
+    checkpoint_of,
+    fail,
+    plain_console,
+    sampling_options,
+    usable_device,
+)
 from config import SamplingConfig
 
 HELP = """
@@ -24,6 +34,7 @@ neighbours       samples beside the training images that are nearest to them
 rate-distortion  the variational bound as a curve, beside the paper's Table 4 (Fig. 5)
 chain            the reverse process, moving
 schedule         alpha_bar, SNR and the step table of a sampler
+health           the loss over t beside what the data allow, and the samples nearest to copies
 
 CKPT is a checkpoint or a run's folder. Sampling options that are not given are those of its config.
 An existing figure is replaced.
@@ -37,7 +48,9 @@ Examples:
   python figures.py chain lightning_logs/digits --output chain.gif
 """
 
-Kind = Literal["progressive", "interpolation", "neighbours", "rate-distortion", "chain", "schedule"]
+Kind = Literal[
+    "progressive", "interpolation", "neighbours", "rate-distortion", "chain", "schedule", "health"
+]
 STEERING = "class_label", "guidance_scale", "guidance_interval", "guide"
 SAMPLING = (*SamplingConfig.model_fields, *STEERING)
 TAKES = {  # options that not all kinds take
@@ -47,6 +60,7 @@ TAKES = {  # options that not all kinds take
     "rate-distortion": ("num_images", "variance"),
     "chain": ("num_images", *SAMPLING),
     "schedule": tuple(SamplingConfig.model_fields),
+    "health": ("num_images", "extractor", *SamplingConfig.model_fields),
 }
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -80,10 +94,11 @@ def figures(
     extractor: Annotated[
         str | None,
         typer.Option(
-            help="neighbours: torch-fidelity's name of a feature extractor, or a TorchScript file. "
-            "Default: the network itself."
+            help="neighbours, health: torch-fidelity's name of a feature extractor, or a "
+            "TorchScript file. Default: the network itself."
         ),
     ] = None,
+    which: Which = None,
     weights: Weights = "ema",
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one network call.")] = 256,
     device: Device = "auto",
@@ -96,14 +111,16 @@ def figures(
     asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
         path = check_request(kind, asked | sampling, output)
-        place = usable_device(device)
-        from generation import Sampling
+        place, checkpoint = usable_device(device), checkpoint_of(checkpoint, which)
+        from generation import Sampling, quick_settings
         from plotting import STUDIES, Study
         from weights import load_model
 
         if kind == "rate-distortion":  # the bound is that of ddpm over all T
             sampling |= {"sampler": "ddpm", "timesteps": None}
         model = load_model(checkpoint, weights).to(place)
+        if kind == "health" and not sampling:
+            sampling |= quick_settings(model.diffusion)
         if own := model.config.dataset.classes and "class_label" not in TAKES[kind]:
             sampling |= {"class_label": ["all"], "guidance_scale": 1.0}  # whatever an image has
         guide = sampling.get("guide")

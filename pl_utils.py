@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,9 @@ from generation import generate, make_denoiser, quick_steps, resolve_precision
 from generation.images import image_grid
 from model import Network, at_precision, build_network, exact_float32
 
+# the loss over all t, and over each quarter
+VALIDATION_TAGS = "val/loss", *(f"val/loss by t/{i} of 4" for i in range(1, 5))
+SAMPLED = 256  # images that are looked at after each validation, for copies
 INITIAL, TRAIN, DROPOUT, VALIDATE = range(4)  # streams of random numbers
 
 
@@ -88,9 +92,9 @@ class DDPM(pl.LightningModule):
         self.micro = config.hardware.micro_batch_size  # images at a time; None is a rank's share
         weight = self.diffusion.column(LOSS_WEIGHTS[config.training.loss_weight]).float()
         edges = cell_edges(self.diffusion.column(T_DENSITIES[config.training.t_density]))
-        # sums since the last log: loss, gradient norm, steps, skipped steps
+        # sums since the last log: loss, gradient norm, steps; skipped steps, clipped ones
         sums = {
-            "tally": torch.zeros(4),
+            "tally": torch.zeros(5),
             "streak": torch.zeros(()),
             "longest_streak": torch.zeros(()),
         }
@@ -216,7 +220,8 @@ class DDPM(pl.LightningModule):
         self.streak.add_(1).mul_(skip)
         torch.maximum(self.longest_streak, self.streak, out=self.longest_streak)
         loss, norm = torch.where(fine, mean_loss, 0.0), torch.where(fine, norm, 0.0)
-        self.tally += torch.stack([loss, norm, 1 - skip, skip])
+        clipped = (norm > (config.gradient_clip_norm or math.inf)).float()
+        self.tally += torch.stack([loss, norm, 1 - skip, skip, clipped])
 
     def train_network(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the prediction of the weights that train, in the precision of training."""
@@ -224,38 +229,54 @@ class DDPM(pl.LightningModule):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             return self.unet(x, t, labels)
 
-    # ---- validation: the same t and noise every time, on the EMA, in float32
+    # ---- validation: the same t and noise every time, in float32, for as many training images too
 
     def on_validation_epoch_start(self) -> None:
-        self._quarters = torch.zeros(2, 4, device=self.device)  # sums and counts by quarter of t
+        # by weights and split: sums and counts, by quarter of t
+        splits, quarters = self.trainer.datamodule.validated, torch.zeros(2, 4, device=self.device)  # type: ignore[attr-defined]
+        kinds = product(compared_weights(self.config, self.trainer.global_step), splits)
+        self._quarters = {kind: quarters.clone() for kind in kinds}
 
-    def validation_losses(self, batch: Batch, t: Tensor, eps: Tensor) -> Tensor:
-        """Return the EMA's error of eps of each image, [B]; images: uint8 [B, C, H, W]."""
+    def validation_losses(
+        self, batch: Batch, t: Tensor, eps: Tensor, network: Network | None = None
+    ) -> Tensor:
+        """Return the EMA's, or another network's, error of eps of each image, [B].
+
+        Images are uint8 [B, C, H, W].
+        """
         micro, losses = self.micro or self.config.training.batch_size, []
         with exact_float32():
             for i in range(0, len(t), micro):
                 rows = slice(i, i + micro)
                 labels = None if batch.labels is None else batch.labels[rows]
-                x_0, network = from_uint8(batch.images[rows]), partial(self.ema, labels=labels)
-                losses.append(self.diffusion.loss(network, x_0, t[rows], eps[rows]))
+                x_0 = from_uint8(batch.images[rows])
+                F = partial(network or self.ema, labels=labels)
+                losses.append(self.diffusion.loss(F, x_0, t[rows], eps[rows]))
         return torch.cat(losses)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         count, ranks = len(batch.images), self.trainer.world_size
         if not count:  # a rank with no share
             return
         t, eps, *_ = self.draw(VALIDATE, batch_idx * ranks + self.global_rank, count)
-        losses = self.validation_losses(batch, t, eps)
         quarter = t * 4 // self.diffusion.timesteps
-        self._quarters.index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
+        measured = self.trainer.datamodule.validated[dataloader_idx]  # type: ignore[attr-defined]
+        for (weights, split), sums in self._quarters.items():
+            if split == measured:
+                network = self.ema if weights == "ema" else self.unet
+                losses = self.validation_losses(batch, t, eps, network)
+                sums.index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
 
     def on_validation_epoch_end(self) -> None:
-        sums, counts = self.trainer.strategy.reduce(self._quarters, reduce_op="sum")
-        metrics = {"val/loss": (sums.sum() / counts.sum()).item()}
-        for i, mean in enumerate((sums / counts).tolist()):
-            metrics[f"val/loss by t/{i + 1} of 4"] = mean
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, self.global_step)
+        self.validated: dict[tuple[str, str], list[float]] = {}
+        for kind, quarters in self._quarters.items():
+            sums, counts = self.trainer.strategy.reduce(quarters, reduce_op="sum")
+            mean = (sums.sum() / counts.sum()).item()
+            self.validated[kind] = [mean, *(sums / counts).tolist()]
+        if measured := self.validated.get(("ema", "validation")):
+            metrics = dict(zip(VALIDATION_TAGS, measured, strict=True))
+            for logger in self.trainer.loggers:
+                logger.log_metrics(metrics, self.global_step)
 
 
 def skips_on_device(device: torch.device) -> bool:
@@ -303,7 +324,7 @@ class Previews(pl.Callback):
             return
         assert isinstance(module, DDPM)
         module.eval()
-        for weights in preview_weights(self.config, step):
+        for weights in compared_weights(self.config, step):
             network = module.ema if weights == "ema" else module.unet
             grid = preview_grid(module, network, self.config.logging.preview_images)
             for logger in trainer.loggers:
@@ -326,6 +347,6 @@ def preview_grid(module: DDPM, network: Network, count: int) -> Tensor:
     return image_grid(torch.cat(images), columns if classes else None)
 
 
-def preview_weights(config: Config, step: int) -> tuple[str, ...]:
-    """Return whose previews are logged: raw ones too while the EMA is over 1% initial weights."""
+def compared_weights(config: Config, step: int) -> tuple[str, ...]:
+    """Return whose previews and losses are logged: raw ones too while over 1% of EMA is initial."""
     return ("ema", "raw") if config.training.ema_decay**step > 0.01 else ("ema",)

@@ -17,6 +17,8 @@ from cli import (
     Precision,
     Seed,
     Weights,
+    Which,
+    checkpoint_of,
     fail,
     parse_seeds,
     parse_size,
@@ -67,6 +69,7 @@ def sample(
             autocompletion=run_names,
         ),
     ] = None,
+    which: Which = None,
     num_images: Annotated[
         int | None,
         typer.Option(min=1, max=10_000_000, help="Number of images. Default: 8; with --encode 1."),
@@ -148,7 +151,7 @@ def sample(
             "between": between,
         }
         size = parse_size(image_size) if image_size else None
-        source = which_model(checkpoint, run_name)
+        source = checkpoint_of(which_model(checkpoint, run_name), which)
         device = usable_device(device)
         import torch
 

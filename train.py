@@ -124,7 +124,7 @@ def train(
 def fit(config: Config, start: "Start", console: Console) -> int:
     """Train, and say how it ended; return the exit code."""
     from dataset import with_classes
-    from evaluation.callback import Evaluation
+    from evaluation.callback import Evaluation, HealthCheck
     from pl_utils import DDPM
     from training import Checkpoints, ImageData, Interrupted, build_trainer
     from training.runs import check_continuation
@@ -154,6 +154,8 @@ def fit(config: Config, start: "Start", console: Console) -> int:
     trainer = build_trainer(config, run, console, loaded=start.checkpoint, on_failure=report)
     if config.evaluation.evaluate_every:
         trainer.callbacks.append(Evaluation(config, console))  # type: ignore[attr-defined]
+    if config.evaluation.validate_every:
+        trainer.callbacks.append(HealthCheck(config, console))  # type: ignore[attr-defined]
     start.checkpoint = None  # the trainer has it: memory for one, not for two
     data, ddpm = ImageData(config), DDPM(config)
     if start.weights:

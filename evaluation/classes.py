@@ -38,6 +38,11 @@ def rows_by_label(images: Images, rows: Sequence[int]) -> dict[Label, list[int]]
     return found
 
 
+def count_labels(images: Images) -> dict[Label, int]:
+    """Return {label: how many images have it}: how often training sees it."""
+    return {label: len(rows) for label, rows in rows_by_label(images, range(len(images))).items()}
+
+
 def apportion(count: int, weights: Sequence[int]) -> list[int]:
     """Return whole numbers that add up to `count`, in proportion to `weights`.
 

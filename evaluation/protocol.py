@@ -8,19 +8,31 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from config import Config, SamplingConfig, did_you_mean, load_config
 from dataset import FolderImages, Images, sides
-from evaluation.classes import Label, Labelled, as_matrix, assign_labels, rows_by_label
-from evaluation.extractor import Extractor, load_extractor
+from evaluation.classes import (
+    Label,
+    Labelled,
+    as_matrix,
+    assign_labels,
+    count_labels,
+    rows_by_label,
+)
+from evaluation.extractor import INCEPTION, Extractor, load_extractor
+from evaluation.health import both_weights, take_probes
 from evaluation.likelihood import bound_times
 from evaluation.metrics import KEPT, Statistics, Tally, load_statistics, spread
-from generation import Sampling, resolve_precision
+from evaluation.yardsticks import Probe
+from generation import Sampling, quick_settings, resolve_precision
 from generation.recipe import parse_labels
+from pl_utils import SAMPLED
 from training.datamodule import open_images
 from weights import Model, load_model
 
 METRICS = {"fid": "FID", "is": "IS", "kid": "KID", "pr": "precision, recall", "nll": "NLL"}
+METRICS |= {"health": "health"}  # that is of no paper: only where it is asked for
 GUIDED = "labels", "guidance_scale", "guidance_interval", "guide"  # in the recipe of samples
 COMPARED = {"fid": 2, "kid": 2, "pr": 4}  # with a reference; how many images they need
 # Ho et al. 2020, Tables 1 and 3: L_simple, T = 1000, 50,000 images against the training set
@@ -48,7 +60,7 @@ class Options:
     reference: str
     output: Path | None
     save_images: bool
-    extractor: str
+    extractor: str | None  # None is the literature's; for health alone, the network itself
     extractor_weights: Path | None
     split: str | None
     nll_images: int | None
@@ -77,11 +89,21 @@ class Plan:
     extractor: Extractor | None = None  # where features are wanted, and then there is
     tally: Tally
     guide: Model | None = None  # of the model's guidance
+    # where the health is wanted: by weights; by split; some of the drawn images, uint8 [N, C, H, W]
+    models: dict[str, Model]
+    probes: dict[str, Probe]
+    kept: Tensor
     labelled: Labelled | None = None  # where the classes of the images are known
 
     def __init__(self, options: Options, console: Console):
-        self.options, self.console = options, console
+        self.options, self.console, self.models = options, console, {}
         self.recipe: dict[str, Any] = {"source": str(options.source)}
+        asked = options.metrics
+        self.wanted = METRICS.keys() - {"health"}
+        if asked is not None:
+            self.wanted = {part.strip() for part in asked.split(",")}
+        for metric in sorted(self.wanted - METRICS.keys()):
+            raise ValueError(f"--metrics {metric!r} is unknown{did_you_mean(metric, METRICS)}")
         self._open_source()
         self._choose_metrics()
 
@@ -128,6 +150,10 @@ class Plan:
             if guide := options.sampling.get("guide"):
                 self.guide = load_model(guide, options.weights)
             drawn = {"class_label": labels} if (labels := [*filter(None, weights)]) else {}
+            if self.wanted == {"health"}:
+                there = SAMPLED
+                if not options.sampling.keys() & SamplingConfig.model_fields:
+                    drawn |= quick_settings(self.model.diffusion)
             self.sampling = Sampling(
                 self.model, options.sampling | drawn, source=str(source),
                 precision=resolve_precision(self.config, device, options.precision),
@@ -172,20 +198,17 @@ class Plan:
             raise FileNotFoundError(
                 f"{error}; or say --class-label all, which draws as many of each"
             ) from None
-        found = rows_by_label(train, range(len(train)))
-        return {label: len(rows) for label, rows in found.items()}
+        return count_labels(train)
 
     # ---- what is wanted, and what that needs
 
     def _choose_metrics(self) -> None:
-        asked = self.options.metrics
-        wanted = set(METRICS) if asked is None else {part.strip() for part in asked.split(",")}
-        for metric in sorted(wanted - METRICS.keys()):
-            raise ValueError(f"--metrics {metric!r} is unknown{did_you_mean(metric, METRICS)}")
-        why_not = {} if self.model else {"nll": "only a model has a likelihood"}
+        asked, wanted = self.options.metrics, self.wanted
+        of_models = {"nll": "a likelihood", "health": "a health"}
+        why_not = {} if self.model else {m: f"only a model has {w}" for m, w in of_models.items()}
         if wanted & COMPARED.keys():
             why_not |= self._open_reference()
-        if wanted - {"nll"}:
+        if wanted - {"nll", "health"} or (wanted != {"nll"} and self.options.extractor):
             # of features FID needs those of each class alone
             of_each = {"kid", "pr", *(["fid"] if self.labelled else [])}
             keep = of_each & (wanted - why_not.keys())
@@ -207,6 +230,8 @@ class Plan:
                 self.recipe.pop(key, None)
         if self.model and "nll" in self.metrics:
             self._prepare_likelihood(self.model)
+        if self.model and "health" in self.metrics:
+            self._prepare_health(self.model)
 
     def _open_reference(self) -> dict[str, str]:
         """Open it; return {metric: why it cannot be} of those that it does not allow."""
@@ -249,7 +274,8 @@ class Plan:
 
     def _load_extractor(self, keep: int) -> dict[str, str]:
         """Load it; return {metric: why it cannot be} of those that it does not allow."""
-        extractor = load_extractor(self.options.extractor, self.options.extractor_weights)
+        name = self.options.extractor or INCEPTION
+        extractor = load_extractor(name, self.options.extractor_weights)
         self.extractor, real = extractor, self.reference
         self.tally = Tally.of(extractor, self.count, self.shape, keep=keep)
         if isinstance(real, Statistics) and len(real.mu) != len(self.tally.sum):
@@ -276,6 +302,17 @@ class Plan:
         if model.config.dataset.classes:
             self.recipe["nll"]["labels"] = "each image's own"
 
+    def _prepare_health(self, model: Model) -> None:
+        self.models = both_weights(self.options.source, model)
+        flips = model.config.dataset.random_flip
+        self.probes = take_probes(self.data, model.diffusion, flips)
+        self.kept = torch.zeros(min(SAMPLED, self.count), *self.shape, dtype=torch.uint8)
+        self.recipe["health"] = {
+            "features": self.extractor.name if self.extractor else "the network's",
+            **{f"{split} images": len(probe.images) for split, probe in self.probes.items()},
+            "copies of": len(self.kept),
+        }
+
     # ---- beside the paper
 
     def papers(self) -> dict[str, str]:
@@ -288,6 +325,8 @@ class Plan:
     def departures(self) -> list[str]:
         """Return where this is not how the paper measures, in words."""
         found, extractor, reference = [], self.extractor, self.options.reference
+        if self.metrics == ["health"]:
+            return []
         if extractor and self.count != 50_000:
             found.append(f"{self.count:,} images, not 50,000")
         if extractor and not extractor.is_literature:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -27,9 +28,11 @@ from evaluation.classes import (
     share_by_label,
 )
 from evaluation.distributed import Advance, Ranks, read, reference_statistics
+from evaluation.health import Checkup, check_up, losses_of
 from evaluation.likelihood import Bound, bits_per_dim, likelihood_scores
-from evaluation.metrics import Score, Statistics, compute, save_arrays
+from evaluation.metrics import Score, Statistics, compute, save_arrays, spread
 from evaluation.protocol import Options, Plan
+from evaluation.yardsticks import bin_edges, get_yardsticks
 from files import atomic_write
 from generation import generate, make_denoiser
 from generation.folder import fill, missing_seeds
@@ -45,6 +48,7 @@ class Measurement(Plan):
 
     statistics: Statistics | None = None  # of the reference
     bound: Bound | None = None
+    checkup: Checkup | None = None
 
     def __init__(self, options: Options, console: Console):
         super().__init__(options, console)
@@ -111,11 +115,16 @@ class Measurement(Plan):
 
     # ---- on each rank
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything is measured of images, drawn or there already."""
+        return bool(self.extractor) or "health" in self.metrics
+
     def networks(self) -> list[nn.Module | None]:
         """Return what must be on each rank's device."""
         # those that draw are copies, in bfloat16
         drawing = [self.sampling.network, self.sampling.guide_network] if self.model else []
-        return [self.model, self.guide, self.extractor, *drawing]
+        return [self.model, self.guide, self.extractor, *drawing, *self.models.values()]
 
     def work(self, ranks: Ranks) -> None:
         """Measure the reference, then the images, then the likelihood."""
@@ -132,9 +141,18 @@ class Measurement(Plan):
             lacking = [len(self.missing & set(self.seeds(rows))) for rows in self.by_label.values()]
             self.batches = sum(-(-count // (ranks.count * size)) for count in lacking)
             self._forecast(ranks)
-        if extractor:
+        if self.draws:
             with self._stage("images", len(self.missing) // ranks.count) as advance:
-                ranks.measure(self._images(ranks, advance), self.tally, extractor)
+                images = self._images(ranks, advance)
+                images = self._keep_some(images) if "health" in self.metrics else images
+                if extractor:
+                    ranks.measure(images, self.tally, extractor)
+                else:
+                    deque(images, maxlen=0)
+        if model and "health" in self.metrics:
+            looked_at = sum(len(probe.images) for probe in self.probes.values())
+            with self._stage("health", looked_at * len(self.models) // ranks.count) as advance:
+                self._check_health(model, ranks, advance)
         if model and "nll" in self.metrics:
             with self._stage("likelihood", len(self.nll_rows) // ranks.count) as advance:
                 self.bound = self._measure_likelihood(model, ranks, advance)
@@ -166,6 +184,40 @@ class Measurement(Plan):
             drawn = ((some, make(some)) for some in seeds)
         for batch, (_, images) in zip(batches, drawn, strict=True):
             yield batch, images
+
+    def _keep_some(
+        self, images: Iterator[tuple[list[int], Tensor]]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Pass images on, and keep those that are looked at for copies."""
+        place = {row: i for i, row in enumerate(spread(len(self.kept), self.count))}
+        for rows, pixels in images:
+            for i in place.keys() & rows:
+                self.kept[place[i]] = pixels[rows.index(i)].cpu()
+            yield rows, pixels
+
+    def _check_health(self, model: Model, ranks: Ranks, advance: Advance) -> None:
+        """Measure the losses together; rank 0 looks for copies."""
+        flips, diffusion = model.config.dataset.random_flip, model.diffusion
+        yardsticks = None
+        if ranks.is_first:
+            cache = Path(model.config.dataset.cache)
+            how: Any = {"flips": flips, "cache": cache, "say": self.console.print}
+            yardsticks = get_yardsticks(self.data, diffusion, **how)
+        bins = range(ranks.rank, len(bin_edges(diffusion.timesteps)) - 1, ranks.count)
+        losses = losses_of(
+            self.models, self.probes, device=ranks.device, batch_size=self.options.batch_size,
+            bins=bins, advance=advance,
+        )  # fmt: skip
+        ranks.add_up(self.kept, *losses.values())
+        if yardsticks:
+            extract, name = None, "the network's features"
+            if extractor := self.extractor:
+                name = f"features of {extractor.name}"
+                extract = lambda some: extractor(some.to(ranks.device))[0].float().cpu()
+            self.checkup = check_up(
+                model, losses, images=self.data, probes=self.probes, yardsticks=yardsticks,
+                samples=self.kept, extract=extract, features=name,
+            )  # fmt: skip
 
     def _measure_likelihood(self, model: Model, ranks: Ranks, advance: Advance) -> Bound:
         """Return, on rank 0, the bound of all images; the i-th has the noise of the seed + i."""
@@ -200,12 +252,18 @@ class Measurement(Plan):
         run = lambda: denoiser(x, self.steps[0].t)
         call = median(timed(run, ranks.device) for _ in range(6))  # the first is slow
         said, total = [], 0.0
+        if self.draws:
+            steps = len(self.steps)
+            total += self.batches * steps * call
+            said.append(f"{self.batches:,} batches of {batch} images x {steps:,} steps")
         if extractor := self.extractor:
             extract = lambda: extractor(x.to(torch.uint8))
-            features = min(timed(extract, ranks.device) for _ in range(2))
-            steps = len(self.steps)
-            total += self.batches * steps * call + share(self.count) * features
-            said.append(f"{self.batches:,} batches of {batch} images x {steps:,} steps")
+            total += share(self.count) * min(timed(extract, ranks.device) for _ in range(2))
+        if "health" in self.metrics:
+            looked_at = sum(probe.t.numel() for probe in self.probes.values())
+            calls = share(looked_at * len(self.models))
+            total += calls * call
+            said.append(f"{calls:,} calls for the health")
         if "nll" in self.metrics:
             calls = share(len(self.nll_rows) * len(self.nll_times))
             total += calls * call
@@ -250,6 +308,8 @@ class Measurement(Plan):
             T = self.model.diffusion.timesteps
             scores |= likelihood_scores(self.bound, stride=self.options.stride, timesteps=T)
             save_arrays(self.folder / "nll.npz", rows=self.nll_rows, **self.bound._asdict())
+        if self.checkup:
+            save_arrays(self.folder / "health.npz", **self.checkup.lines)
         self.seconds["metrics"] = round(time.perf_counter() - start, 2)
         facts: dict[str, Any] = {
             "scores": {
@@ -257,6 +317,7 @@ class Measurement(Plan):
                 for name, score in scores.items()
             },
             **({"classes": by_class, "without": without} if by_class else {}),
+            **({"health": self.checkup.facts()} if self.checkup else {}),
             "recipe": self.recipe,
             "not as in the paper": self.departures(),
             "versions": {name: version(name) for name in VERSIONS if find_spec(name)},
@@ -267,7 +328,10 @@ class Measurement(Plan):
             facts["reference"] = {"images": real.count, "digest": real.digest()}
         with atomic_write(self.folder / "metrics.json") as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        self._print(scores)
+        if scores:
+            self._print(scores)
+        if self.checkup:
+            self._print_health(self.checkup)
         if by_class:
             self.console.print(class_table(by_class))
         for line in without:
@@ -288,3 +352,18 @@ class Measurement(Plan):
                 "compare only with numbers of as many")  # fmt: skip
         for line in self.departures():
             say(f"not as in the paper: {line}")
+
+    def _print_health(self, checkup: Checkup) -> None:
+        facts, say = checkup.facts(), self.console.print
+        table = Table("loss (error of eps)", "all t", *(f"{i} of 4" for i in range(1, 5)))
+        for name, values in facts["losses"].items():
+            table.add_row(name, *("" if math.isnan(x) else f"{x:.4g}" for x in values))
+        say(table)
+        for name, (found, *others) in facts["copies"].items():
+            beside = f"; of validation images {others[0][0]} of {others[0][1]}" if others else ""
+            say(f"copies of training images by {name}: {found[0]} of {found[1]} samples{beside}")
+        say(f"health: {facts['summary']}")
+        for line in facts["advice"].values():
+            say(f"advice: {line}")
+        if not facts["advice"]:
+            say("nothing is wrong")

@@ -7,6 +7,7 @@ from generation.generate import (
     generate,
     make_denoiser,
     pays_to_compile,
+    quick_settings,
     quick_steps,
     resolve_precision,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "generate",
     "make_denoiser",
     "pays_to_compile",
+    "quick_settings",
     "quick_steps",
     "resolve_precision",
 ]

@@ -195,16 +195,14 @@ def pays_to_compile(config: Config, device: torch.device, calls: int) -> bool:
     return device.type == "cuda" and calls >= MANY_CALLS and bool(config.hardware.compile)
 
 
+def quick_settings(diffusion: GaussianDiffusion) -> dict[str, Any]:
+    """Return what previews and evaluations while training use: 20 steps of DPM-Solver++."""
+    return {"sampler": "dpm++", "timesteps": min(20, diffusion.timesteps), "spacing": "trailing"}
+
+
 def quick_steps(diffusion: GaussianDiffusion) -> list[Step]:
-    """Return the table of previews and of evaluations while training: 20 steps of DPM-Solver++."""
-    return make_steps(
-        diffusion,
-        sampler="dpm++",
-        variance="large",
-        eta=0.0,
-        timesteps=min(20, diffusion.timesteps),
-        spacing="trailing",
-    )
+    """Return the step table of `quick_settings`."""
+    return make_steps(diffusion, variance="large", eta=0.0, **quick_settings(diffusion))
 
 
 def resolve_precision(config: Config, device: torch.device, asked: str = "auto") -> str:

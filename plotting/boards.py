@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,8 @@ def chart(
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure with its heading, and axes whose widths are in the ratio of `panels`."""
     width = 9.2
-    layout = ConstrainedLayoutEngine(rect=(0.015, 0.02, 0.97, 1 - 0.72 / height), wspace=0.06)
+    top = 0.6 + 0.12 * (1 + note.count("\n"))
+    layout = ConstrainedLayoutEngine(rect=(0.015, 0.02, 0.97, 1 - top / height), wspace=0.06)
     figure = Figure(figsize=(width, height), dpi=160, layout=layout)
     FigureCanvasAgg(figure)
     figure.text(0.2 / width, 1 - 0.2 / height, title, va="top", size=11, weight="bold")
@@ -198,6 +200,60 @@ def plot_rate_distortion(rate: np.ndarray, rmse: np.ndarray, *, name: str, note:
     points = zip(times, rate[at], rmse[at], PAPER_RATE, PAPER_RMSE, strict=True)
     rows = [[f"{t:,}", f"{r:.4f}", f"{d:.1f}", f"{R:.4f}", f"{D:.1f}"] for t, r, d, R, D in points]
     table(right, heads, rows, [INK, OURS, OURS, THEIRS, THEIRS])
+    return figure
+
+
+# of the figure of health: color, line style, width
+LOOKS = {
+    "untrained": (GRAY, ":", 1.0),
+    "best linear": (THEIRS, "-", 1.2),
+    "memoriser, training": ("#9333ea", "-", 1.0),
+    "memoriser, validation": ("#9333ea", "--", 1.0),
+    "EMA, training": (OURS, "-", 1.6),
+    "EMA, validation": (OURS, "--", 1.6),
+    "raw weights, training": ("#0d9488", "-", 0.8),
+    "raw weights, validation": ("#0d9488", "--", 0.8),
+}
+
+
+def plot_health(
+    lines: dict[str, np.ndarray],
+    edges: np.ndarray,
+    cells: list[list[Tensor]],
+    ratios: list[str],
+    *,
+    notes: list[str],
+) -> Figure:
+    """Plot losses [bins] over t, whose bins end at `edges`, beside rows of images.
+
+    Args:
+        cells: a sample, its nearest training image and the second nearest. ratios: of distances.
+        notes: a line each, under the title.
+    """
+    notes = [line for note in notes for line in textwrap.wrap(note, 150)]
+    height = 3.9 + 0.12 * len(notes)
+    figure, (left, right) = chart(height, title="Health", note="\n".join(notes), panels=[1.7, 1])
+    for name, values in lines.items():
+        color, style, width = LOOKS[name]
+        middle = (edges[1:] + edges[:-1]) / 2
+        left.semilogy(middle, values, style, color=color, linewidth=width, label=name)
+    least = min(values.min() for values in lines.values())
+    left.set(xlabel="$t$", xlim=(0, edges[-1]), ylim=(max(least / 1.5, 1e-4), 3))
+    left.set_title("loss: the mean of (eps - its estimate)$^2$")
+    left.legend(fontsize=7)
+    right.set_axis_off()
+    right.set_title("sample, nearest, second nearest: ratio")
+    gap = 2
+    for i, (row, ratio) in enumerate(zip(cells, ratios, strict=True)):
+        across, down = i % 2, i // 2
+        for j, image in enumerate(row):
+            pixels = enlarged(image, 1)
+            h, w = pixels.shape[:2]
+            x, y = (across * 4 + j) * (w + gap), down * (h + gap)
+            right.imshow(pixels, extent=(x, x + w, y + h, y), interpolation="nearest")
+        right.text(x + w + gap, y + h / 2, ratio, va="center", size=7)
+    if cells:
+        right.set(xlim=(0, 8 * (w + gap)), ylim=(4 * (h + gap), 0), aspect="equal", anchor="NW")
     return figure
 
 

@@ -11,17 +11,25 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from dataset import Images, fit_image, load_images
 from diffusion_utils import Denoiser, Step, from_uint8, reverse, to_uint8
-from evaluation.classes import rows_by_label
+from evaluation.classes import assign_labels, count_labels, rows_by_label
 from evaluation.extractor import load_extractor
+from evaluation.health import (
+    both_weights,
+    check_up,
+    find_pairs_by_features,
+    losses_of,
+    network_features,
+    take_probes,
+)
 from evaluation.likelihood import Bound, bits_per_dim
 from evaluation.metrics import spread
+from evaluation.yardsticks import bin_edges, find_pairs, get_yardsticks
 from generation import Sampling, SeedNoise, generate
 from generation.edit import steps_from
-from model import exact_float32
+from pl_utils import SAMPLED
 from plotting import boards
 from plotting.boards import Board, Cells, write_figure
 from weights import Model
@@ -224,69 +232,40 @@ def load_pairs(study: Study) -> Tensor:
 # ---- neighbours
 
 
-def nearest(queries: Tensor, others: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Return the Euclidean distances and rows of the `count` nearest of `others`, [Q, count] each.
-
-    Args:
-        queries: [Q, D]. others: [B, D] each, one after the other.
-    """
-    best, rows, seen = torch.empty(len(queries), 0), torch.empty(len(queries), 0).long(), 0
-    for part in others:
-        # by differences: an image is at distance 0 from itself, which products would round
-        distance = torch.cdist(queries, part, compute_mode="donot_use_mm_for_euclid_dist")
-        best = torch.cat([best, distance], dim=1)
-        rows = torch.cat([rows, torch.arange(seen, seen + len(part)).expand_as(distance)], dim=1)
-        best, kept = best.topk(min(count, best.shape[1]), largest=False)
-        rows, seen = rows.gather(1, kept), seen + len(part)
-    return best, rows
+def extractor_of(study: Study) -> Callable[[Tensor], Tensor]:
+    """Return uint8 [B, C, H, W] -> [B, D] on the CPU: the chosen extractor's, or the network's."""
+    if not study.extractor:
+        return network_features(study.model)
+    extractor = load_extractor(study.extractor).to(study.model.device)
+    return lambda images: extractor(images.to(study.model.device))[0].float().cpu()
 
 
-def features_of(study: Study) -> Callable[[Tensor], Tensor]:
-    """Return uint8 [B, C, H, W] -> [B, D] on the CPU: the chosen extractor's, or the network's own.
-
-    The network sees x_t at T / 10 with the same noise for all: there it knows what an image shows,
-    and not yet its every pixel.
-    """
-    model, device, t = study.model, study.model.device, study.model.diffusion.timesteps // 10
-    if study.extractor:
-        extractor = load_extractor(study.extractor).to(device)
-        return lambda images: extractor(images.to(device))[0].float().flatten(1).cpu()
-    eps, times = study.noise([0])(), torch.tensor([t], device=device)
-
-    def features(images: Tensor) -> Tensor:
-        x_t = model.diffusion.q_sample(from_uint8(images.to(device)), t, eps)
-        with exact_float32():
-            return model.network.features(x_t, times).cpu()
-
-    return features
+def features_name(study: Study) -> str:
+    """Return whose features are compared, for people."""
+    return (
+        f"features of {Path(study.extractor).name}" if study.extractor else "the U-Net's features"
+    )
 
 
 @torch.inference_mode()
 def draw_neighbours(study: Study, output: Path) -> None:
-    name, model, extract = study.extractor, study.model, features_of(study)
-    train, validation = study.split()
-    across = min(5, len(train))
-    batches = [rows.tolist() for rows in torch.arange(len(train)).split(study.batch_size)]
+    model, (train, validation) = study.model, study.split()
+    across, rows = min(5, len(train)), np.arange(len(train))
     samples = generate(
         study.denoiser, study.steps, study.seeds(8), shape=model.shape, device=model.device
     )
     drawn = torch.cat([images for _, images in samples])
-
     others = validation[spread(64, len(validation))].images
-    queries = torch.cat([drawn, others]).flatten(1).float()
-    pixels = (train[rows].images.flatten(1).float() for rows in study.track(batches))
-    distance, by_pixels = nearest(queries, pixels, across)
-    features = torch.cat([extract(train[rows].images) for rows in study.track(batches)])
-    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    unit = lambda f: normalize((f - mean) / std)  # angles, in which all features count alike
-    _, by_features = nearest(unit(extract(drawn)), unit(features).split(4096), across)
-
-    neighbours = torch.cat([by_pixels[: len(drawn)], by_features], dim=1).tolist()
-    rmse = distance[:, 0] / math.sqrt(queries.shape[1])
+    queries = torch.cat([drawn, others])
+    pixels = find_pairs(queries, train, rows, False, model.device, count=across)
+    (features,) = find_pairs_by_features(
+        [drawn], train, rows, extractor_of(study), count=across, track=study.track
+    )
+    neighbours = torch.cat([pixels.rows[: len(drawn)], features.rows], dim=1).tolist()
+    rmse = pixels.distance[:, 0] / math.sqrt(math.prod(model.shape))
     near = f"{rmse[: len(drawn)].median():.0f} for these"
     if len(others):
         near += f", {rmse[len(drawn) :].median():.0f} for validation images"
-    where = f"features of {Path(name).name}" if name else "the U-Net's features"
     board = Board(
         [[image, *train[rows].images] for image, rows in zip(drawn, neighbours, strict=True)],
         title="Nearest training images",
@@ -294,11 +273,44 @@ def draw_neighbours(study: Study, output: Path) -> None:
         headings=[
             ("sample", 0, 0),
             ("nearest in pixels", 1, across),
-            (f"nearest in {where}", across + 1, 2 * across),
+            (f"nearest in {features_name(study)}", across + 1, 2 * across),
         ],
         column_gaps=[1, across + 1],
     )
     write_figure(board.figure, output, study.recipe)
+
+
+# ---- health
+
+
+def draw_health(study: Study, output: Path) -> None:
+    model, plan, device = study.model, study.plan, study.model.device
+    train, validation = study.split()
+    images, data = {"train": train, "validation": validation}, model.config.dataset
+    how: dict[str, Any] = {"flips": data.random_flip, "cache": Path(data.cache), "say": print}
+    yardsticks = get_yardsticks(images, model.diffusion, **how)
+    models = both_weights(study.recipe["checkpoint"], model)
+    probes = take_probes(images, model.diffusion, data.random_flip)
+    losses = losses_of(models, probes, device=device, batch_size=study.batch_size)
+    seeds, drawn = study.seeds(SAMPLED), []
+    for label, rows in assign_labels(len(seeds), count_labels(train)).items():
+        some = [seeds[row] for row in rows]
+        made = generate(plan.denoiser(label), plan.steps, some, shape=model.shape, device=device)
+        drawn += [images for _, images in made]
+    samples = torch.cat(drawn)
+    checkup = check_up(
+        model, losses, images=images, probes=probes, yardsticks=yardsticks, samples=samples,
+        extract=extractor_of(study), features=features_name(study),
+    )  # fmt: skip
+    nearest = checkup.pairs.get("pixels", [])[:1]
+    shown = [row for pairs in nearest for row in pairs.ratio.argsort()[:8].tolist()]
+    cells = [[samples[i], *train[nearest[0].rows[i].tolist()].images] for i in shown]
+    ratios = [f"{nearest[0].ratio[i]:.2f}" for i in shown]
+    facts = checkup.facts()
+    said = [f"{study.run}, step {model.step:,}. {facts['summary']}", *facts["advice"].values()]
+    edges = bin_edges(model.diffusion.timesteps)
+    figure = boards.plot_health(checkup.lines, edges, cells, ratios, notes=said)
+    write_figure(figure, output, study.recipe | {"health": facts})
 
 
 # ---- the bound, the schedule
@@ -355,4 +367,5 @@ STUDIES: dict[str, Callable[[Study, Path], None]] = {
     "rate-distortion": draw_rate_distortion,
     "chain": draw_chain,
     "schedule": draw_schedule,
+    "health": draw_health,
 }

@@ -1,5 +1,6 @@
 """When training saves and stops: intervals, the end, signals, SLURM."""
 
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from config import Config
 from files import remove
+from pl_utils import DDPM
 from weights import point_last_to, saved_steps
 
 # called with an error and the last checkpoint, before anything is torn down
@@ -34,7 +36,11 @@ class Checkpoints(pl.Callback):
     """Save at intervals, at the end and on SIGINT, SIGTERM or SIGHUP; keep the last few.
 
     `last.ckpt` is a second name of the newest file. Where a run goes on from an earlier step, the
-    files of later ones are set aside, so that the newest is always the run's own.
+    files of later ones are set aside, so that the newest is always the run's own. `best.ckpt` is
+    that of the lowest score that `training.keep_best` names.
+
+    Each checkpoint holds the best scores so far and the steps at which they were last measured.
+    What a stop has left out is measured when the run goes on, so that a stop changes none of it.
     """
 
     def __init__(self, folder: Path, config: Config, last: Path | None, on_failure: OnFailure):
@@ -42,11 +48,36 @@ class Checkpoints(pl.Callback):
         self.last, self.began, self._received = last, False, 0
         self._handlers: dict[int, Any] = {}
         self._hosts: Any = None
+        self.best: dict[str, tuple[float, int]] = {}  # by score: the lowest, and its step
+        self.measured: dict[str, int] = {}  # by kind: "validation" or "evaluation"
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> "Checkpoints":
         """Return a trainer's."""
         return next(c for c in trainer.callbacks if isinstance(c, cls))  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": dict(self.best), "measured": dict(self.measured)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.measured = state_dict["best"], state_dict["measured"]
+
+    def hear(self, trainer: pl.Trainer, kind: str, scores: dict[str, float]) -> None:
+        """Note what all ranks have measured; keep the checkpoint if it is the best so far."""
+        step, chosen = trainer.global_step, self.config.training.keep_best
+        self.measured[kind] = step
+        better = {
+            name: (value, step)
+            for name, value in scores.items()
+            if value < self.best.get(name, (math.inf, 0))[0]
+        }
+        self.best |= better
+        if chosen in better:
+            trainer.save_checkpoint(self.folder / "best.ckpt")
+
+    def missed(self, kind: str, every: int, step: int) -> bool:
+        """Tell whether a stop has left out what was to be measured at a step."""
+        return bool(every and step and step % every == 0 and self.measured.get(kind) != step)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict) -> None:
         checkpoint["hyper_parameters"] = self.config.model_dump(mode="json")
@@ -64,6 +95,22 @@ class Checkpoints(pl.Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts.update(dict.fromkeys(counts, checkpoint["global_step"]))
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state:  # older ones have none
+            self.load_state_dict(state)
+            every, step = self.config.evaluation.validate_every, checkpoint["global_step"]
+            if self.missed("validation", every, step):  # as if it had stopped within
+                progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+                progress["total"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+                progress["current"] |= dict.fromkeys(progress["current"], 0)
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        validation = trainer.datamodule.images["validation"]  # type: ignore[attr-defined]
+        if self.config.training.keep_best == "validation" and not len(validation):
+            raise ValueError(
+                "training.keep_best=validation: there are no validation images; set "
+                "dataset.validation_fraction=0.1"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.began = True
@@ -118,6 +165,12 @@ class Checkpoints(pl.Callback):
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if not self._hosts:  # several ranks wait for the next step
             self._save(trainer, self._received)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, DDPM)
+        found = {split: mean for (kind, split), (mean, *_) in module.validated.items()
+                 if kind == "ema"}  # fmt: skip
+        self.hear(trainer, "validation", found)
 
     def _save(self, trainer: pl.Trainer, signum: int, due: bool = False) -> None:
         """Save where that is due or a signal has come, which then ends training."""

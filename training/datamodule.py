@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing.queues import Queue
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from rich.progress import track
@@ -19,6 +20,7 @@ class ImageData(pl.LightningDataModule):
     """A run's `images`, {"train": ..., "validation": ...}, in batches of the global batch."""
 
     images: dict[str, Images]
+    validated: list[str]  # splits whose losses are measured, in the order of their loaders
 
     def __init__(self, config: Config):
         super().__init__()
@@ -45,15 +47,24 @@ class ImageData(pl.LightningDataModule):
         ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
         return train_batches(self.images["train"], self.config, trainer.global_step, **ranks)
 
-    def val_dataloader(self) -> DataLoader:
-        """Return this rank's batches of the validation set; at least an empty one."""
+    def val_dataloader(self) -> list[DataLoader]:
+        """Return this rank's batches, at least an empty one, of each split in `validated`.
+
+        Those are the validation images, if there are any, and as many training images.
+        """
         assert self.trainer
-        images, size = self.images["validation"], self.config.training.batch_size
-        rows = range(len(images))
-        batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
-        mine = batches[self.trainer.global_rank :: self.trainer.world_size]
-        # every rank takes part, and waits for none
-        return _loader(images, mine or [[]] * bool(batches), self.config)
+        train, validation = self.images["train"], self.images["validation"]
+        some = np.linspace(0, len(train) - 1, min(len(train), len(validation) or 1000))
+        parts = {"validation": validation, "train": train.of(some.round().astype(int))}
+        self.validated = [split for split, images in parts.items() if len(images)]
+        loaders, size = [], self.config.training.batch_size
+        for split in self.validated:
+            rows = range(len(parts[split]))
+            batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+            # every rank takes part, and waits for none
+            mine = batches[self.trainer.global_rank :: self.trainer.world_size] or [[]]
+            loaders.append(_loader(parts[split], mine, self.config))
+        return loaders
 
 
 def open_images(config: Config, progress: Callable | None = None) -> dict[str, Images]:

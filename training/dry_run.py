@@ -13,8 +13,9 @@ from rich.console import Console
 
 from config import Config
 from dataset import Batch, Images
+from generation import quick_steps
 from model import Network, build_network
-from pl_utils import DDPM, preview_weights, quick_images
+from pl_utils import DDPM, SAMPLED, compared_weights, quick_images
 from training.datamodule import open_images, train_batches
 from training.fitting import FitIntoMemory
 from training.hardware import LiveBytes, count_flops, duration, memory, si, timed
@@ -60,7 +61,7 @@ def project(config: Config, once: Seconds) -> Seconds:
     """Return the seconds of the whole run."""
     steps, logging = config.training.max_steps, config.logging
     at = lambda every: range(every, steps + 1, every) if every else range(0)
-    previews = sum(len(preview_weights(config, step)) for step in at(logging.preview_every))
+    previews = sum(len(compared_weights(config, step)) for step in at(logging.preview_every))
     return Seconds(
         steps * once.step,
         previews * once.preview,
@@ -173,7 +174,9 @@ def measure(config: Config, dollars_per_hour: float | None = None) -> dict[str, 
     part, peak, step, start = run.train()
     count, validated = len(run.images["train"]), len(run.images["validation"])
     preview = run.preview() if logging.preview_every else 0.0
-    validation = step * validated / training.batch_size * forward / flops
+    # as many training images, and what is sampled to look for copies
+    calls = (2 * validated or min(1000, count)) + SAMPLED * len(quick_steps(run.module.diffusion))
+    validation = step * calls / training.batch_size * forward / flops
     checkpoint, size = run.checkpoint()
     once = Seconds(step, preview, validation, checkpoint)
     whole = project(config, once)

@@ -22,6 +22,7 @@ class Monitor(pl.Callback):
     def __init__(self, config: Config, run: Path, console: Console):
         self.config, self.run, self.console = config, run, console
         self.bar: Progress | None = None
+        self.shares: dict[str, float] = {}  # of the steps last logged: skipped, clipped
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, DDPM)
@@ -74,9 +75,8 @@ class Monitor(pl.Callback):
             self._log(trainer, module, step)
 
     def _log(self, trainer: pl.Trainer, module: DDPM, step: int) -> None:
-        loss, norm, count, skipped = trainer.strategy.reduce(
-            module.tally, reduce_op="mean"
-        ).tolist()
+        tally = trainer.strategy.reduce(module.tally, reduce_op="mean")
+        loss, norm, count, skipped, clipped = tally.tolist()
         in_a_row = int(module.longest_streak)
         module.tally.zero_()
         module.longest_streak.zero_()
@@ -89,7 +89,9 @@ class Monitor(pl.Callback):
             "train/learning rate": module.learning_rate(step - 1),
             "train/images per second": rate * self.config.training.batch_size,
             "train/skipped steps": self.total_skipped,
+            "train/clipped share": clipped / count if count else math.nan,
         }
+        self.shares = {"skipped": skipped / (count + skipped), "clipped": clipped / max(1, count)}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
         text = f"loss {metrics['train/loss']:.4f}  "

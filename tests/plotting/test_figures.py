@@ -11,6 +11,7 @@ from dataset import with_classes
 from diffusion_utils import from_uint8, reverse, to_uint8
 from evaluation.likelihood import Bound, bits_per_dim
 from evaluation.metrics import spread
+from evaluation.yardsticks import nearest
 from generation import Sampling, SeedNoise, generate, make_denoiser
 from pl_utils import DDPM
 from training.datamodule import open_images
@@ -115,25 +116,13 @@ def test_a_table_cut_off_begins_as_if_it_had_no_past(model):
     assert (heun[-19].t, heun[-19].s) == (9, 8)
 
 
-def test_nearest_is_the_sorted_distance_and_an_image_is_nearest_to_itself():
-    others = pixels(50, 1, 8, 8).flatten(1).float()
-    queries = torch.cat([others[[7, 33]], pixels(3, 1, 8, 8, seed=1).flatten(1).float()])
-    distance, rows = studies.nearest(queries, others.split(8), 5)
-    expected = (queries[:, None] - others).square().sum(-1).sqrt()
-    torch.testing.assert_close(distance, expected.sort(dim=1).values[:, :5])
-    assert rows[:, 0].tolist() == [7, 33, *expected[2:].argmin(1).tolist()]
-    assert distance[:2, 0].eq(0).all()
-    distance, rows = studies.nearest(queries, others[:3].split(2), 5)
-    assert distance.shape == rows.shape == (5, 3)
-
-
 def test_the_network_knows_an_image_again(model):
-    features = studies.features_of(study_of(model))
+    features = studies.extractor_of(study_of(model))
     images = pixels(6, 1, 8, 8)
     whole = features(images)
     assert whole.shape == (6, 16)  # the width of the middle
     torch.testing.assert_close(features(images[4:]), whole[4:], rtol=1e-4, atol=1e-4)
-    assert studies.nearest(features(images[4:]), [whole], 1)[1].flatten().tolist() == [4, 5]
+    assert nearest([features(images[4:])], [whole], 1)[1].flatten().tolist() == [4, 5]
     assert not model.network.mid.block_2._forward_hooks
 
 

@@ -1,0 +1,362 @@
+"""What a dataset says of a diffusion model's loss before there is a model, kept with the data.
+
+The loss here is always the plain error of eps: the mean over pixels of (eps - eps_hat)^2, which is
+1 untrained. With a = alpha_bar_t, and x_0 from a dataset of N images with D values each:
+
+- The best linear denoiser of x_t (the Wiener filter) has L_t = 1/D sum_i a l_i / (a l_i + 1 - a),
+  l_i the eigenvalues of the dataset's covariance. Who lies above has learned less than that.
+- The memoriser answers the posterior mean over the training set itself, E[x_0 | x_t] = sum w_i x_i
+  with w the softmax over i of -|x_t - sqrt(a) x_i|^2 / (2 (1 - a)): the best on images that it
+  knows, and worse than nothing on others.
+
+A training set that is mirrored at random counts with its mirror images.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset import Images
+from diffusion_utils import GaussianDiffusion
+from evaluation.metrics import save_arrays, spread
+
+BINS = 20  # of t
+PROBED = 256  # images of each split
+BLOCK = 256  # as many squares of a byte add up exactly in float32
+WIDEST = 4096  # matrix whose eigenvalues are computed
+# values of a sample, which bound the time: of the spectrum, the memoriser, the search for copies
+SPECTRUM_VALUES, MEMORISER_VALUES, COPIES_VALUES = 2 * 10**8, 6 * 10**7, 2 * 10**9
+COPY = 1 / 3  # distance to the nearest training image over that to the second nearest
+
+
+class Probe(NamedTuple):
+    """Q images of a split, each with one noise and one t of every bin: what all lines are of."""
+
+    images: Tensor  # uint8 [Q, C, H, W]
+    labels: Tensor | None  # [Q, classes]
+    t: Tensor  # int64 [bins, Q]
+    eps: Tensor  # [Q, C, H, W]
+
+
+def take_probe(images: Images, timesteps: int) -> Probe:
+    """Return evenly spaced images with noise; over them a bin's t are as even."""
+    batch = images[spread(PROBED, len(images))]
+    edges = bin_edges(timesteps)
+    u = np.arange(len(batch.images)) * 0.6180339887498949 % 1
+    t = edges[:-1, None] + np.diff(edges)[:, None] * u
+    eps = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0))
+    return Probe(batch.images, batch.labels, torch.from_numpy(t.astype(int)), eps)
+
+
+def bin_edges(timesteps: int) -> np.ndarray:
+    """Return where the bins of t begin, and T."""
+    return np.linspace(0, timesteps, min(BINS, timesteps) + 1).round().astype(int)
+
+
+def by_quarter(line: np.ndarray, timesteps: int) -> list[float]:
+    """Return the mean over t of a line [bins], then those over each quarter of t."""
+    edges = bin_edges(timesteps)
+    widths, quarter = np.diff(edges), (edges[1:] + edges[:-1]) * 2 // timesteps
+    parts = [np.ones(len(line), bool), *(quarter == i for i in range(4))]
+    return [
+        float(np.average(line[part], weights=widths[part])) if part.any() else math.nan
+        for part in parts
+    ]
+
+
+# ---- the best linear denoiser
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues of a covariance, [D]; where they are too many, of two that enclose its loss."""
+
+    values: np.ndarray  # no lower loss than the best's
+    least: np.ndarray  # no higher one, in expectation
+    images: int  # how many it is of
+
+
+def measure_spectrum(images: Images, flips: bool) -> Spectrum:
+    """Return the spectrum of images in [-1, 1], by N x N or D x D products, whichever is smaller.
+
+    Where both are too large: the loss is concave in the covariance. So it is no lower for the
+    diagonal in any basis, here the cosine transform with its channels apart, and in expectation no
+    higher for a sample's covariance.
+    """
+    width, count = math.prod(images.shape), len(images)
+    if width <= min(WIDEST, count * (1 + flips)):
+        rows = spread(SPECTRUM_VALUES // width, count)
+        values = np.linalg.eigvalsh(covariance(images, rows, flips))
+        return Spectrum(_in_range(values, width), _in_range(values, width), len(rows))
+    most = min(WIDEST, math.isqrt(5 * 10**11 // width)) // (1 + flips)
+    rows = spread(most, count)
+    least = _in_range(np.linalg.eigvalsh(gram(images, rows, flips)), width)
+    if len(rows) == count:
+        return Spectrum(least, least, count)
+    rows = spread(SPECTRUM_VALUES // width, count)
+    return Spectrum(_in_range(cosine_variances(images, rows, flips), width), least, len(rows))
+
+
+def _in_range(values: np.ndarray, width: int) -> np.ndarray:
+    """Return eigenvalues of levels as those of [-1, 1], at least 0, with zeros up to `width`."""
+    found = np.maximum(values, 0) / 127.5**2
+    return np.pad(found, (max(0, width - len(found)), 0))[-width:]
+
+
+def _blocks(images: Images, rows: list[int]) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), BLOCK):
+        yield images[rows[start : start + BLOCK]].images.numpy()
+
+
+def _products(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Return the sum of B^T B over blocks B of bytes, [up to BLOCK, M]; exact, in float64."""
+    total = np.zeros(())
+    for block in blocks:
+        exact = block.astype(np.float32)
+        total = total + exact.T @ exact
+    return total.astype(np.float64)
+
+
+def covariance(images: Images, rows: list[int], flips: bool) -> np.ndarray:
+    """Return the covariance of levels, [D, D]."""
+    flat = (block.reshape(len(block), -1) for block in _blocks(images, rows))
+    second = _products(np.append(block, np.ones((len(block), 1), np.uint8), 1) for block in flat)
+    mean, second = second[-1, :-1] / len(rows), second[:-1, :-1] / len(rows)
+    if flips:
+        mirror = np.arange(len(mean)).reshape(images.shape)[..., ::-1].ravel()
+        mean, second = (mean + mean[mirror]) / 2, (second + second[np.ix_(mirror, mirror)]) / 2
+    return second - np.outer(mean, mean)
+
+
+def gram(images: Images, rows: list[int], flips: bool) -> np.ndarray:
+    """Return the [N, N] matrix with the covariance's eigenvalues that are not 0, of levels."""
+    pixels = images[rows].images.numpy()
+    pixels = np.concatenate([pixels, pixels[..., ::-1]]) if flips else pixels
+    pixels = pixels.reshape(len(pixels), -1)
+    products = _products(pixels[:, i : i + BLOCK].T for i in range(0, pixels.shape[1], BLOCK))
+    means = products.mean(axis=0)
+    return (products - means[:, None] - means + means.mean()) / len(pixels)
+
+
+def cosine_variances(images: Images, rows: list[int], flips: bool) -> np.ndarray:
+    """Return the eigenvalues of each frequency's covariance of channels, all in one array."""
+    from scipy.fft import dctn
+
+    channels = images.shape[0]
+    sums, products, count = 0.0, 0.0, 0
+    for block in _blocks(images, rows):
+        for pixels in (block, block[..., ::-1]) if flips else (block,):
+            wave = dctn(pixels.astype(np.float32), axes=(2, 3), norm="ortho")
+            wave = wave.reshape(len(wave), channels, -1).astype(np.float64)
+            sums, count = sums + wave.sum(0), count + len(wave)
+            products = products + np.einsum("bcf,bdf->fcd", wave, wave)
+    mean = sums / count
+    return np.linalg.eigvalsh(products / count - np.einsum("cf,df->fcd", mean, mean)).ravel()
+
+
+def linear_loss(values: np.ndarray, alpha_bar: np.ndarray) -> np.ndarray:
+    """Return the best linear denoiser's error of eps at each alpha_bar < 1, of its shape."""
+    kinds, which = np.unique(alpha_bar, return_inverse=True)
+    loss = np.array([(a * values / (a * values + 1 - a)).mean() for a in kinds])
+    return loss[which].reshape(alpha_bar.shape)
+
+
+# ---- the memoriser
+
+
+def memoriser_loss(
+    known: np.ndarray, probe: Probe, diffusion: GaussianDiffusion, flips: bool
+) -> np.ndarray:
+    """Return the error of eps of the posterior mean over `known`, uint8 [N, C, H, W]; [bins].
+
+    With x_t = s x_0 + n eps, |x_t - s x_i|^2 / (2 n^2) is SNR |x_0 - x_i|^2 / 2 + (s/n) eps (x_0 -
+    x_i) but for a constant: distances of bytes, which are exact, and one product with eps.
+    """
+    if flips:
+        known = np.concatenate([known, known[..., ::-1]])
+    x = torch.from_numpy(known.reshape(len(known), -1).copy()).float()
+    x_0, eps = probe.images.flatten(1), probe.eps.flatten(1).double()
+    squares = torch.empty(len(x_0), len(x), dtype=torch.float64)
+    along = torch.empty_like(squares)
+    for columns in torch.arange(len(x)).split(4096):
+        some = x[columns].double()
+        squares[:, columns] = square_distances(x_0, some)
+        along[:, columns] = (eps * x_0).sum(1, keepdim=True) - eps @ some.T
+    alpha_bar = diffusion.alpha_bar(probe.t)
+    line = []
+    for a in alpha_bar[:, :, None]:
+        snr = a / (1 - a)
+        logits = -snr * squares / (2 * 127.5**2) - snr.sqrt() * along / 127.5
+        error = logits.softmax(dim=1).float() @ x - x_0
+        line.append((snr[:, 0] * error.double().square().mean(1)).mean() / 127.5**2)
+    return torch.stack(line).numpy()
+
+
+def square_distances(queries: Tensor, others: Tensor) -> Tensor:
+    """Return |q - o|^2, [Q, N] float64, exact where they hold whole numbers; [Q, D], [N, D]."""
+    q, o = queries.double(), others.double()
+    return (q.square().sum(1, keepdim=True) + o.square().sum(1) - 2 * q @ o.T).clamp(min=0)
+
+
+# ---- copies
+
+
+def nearest(queries: list[Tensor], others: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Return the distances and places of the `count` nearest of `others`, [Q, count] each.
+
+    Args:
+        queries: [Q, D] each: several views of the same Q, of which the nearest counts.
+        others: [B, D] each, one after the other.
+    """
+    best = queries[0].new_empty(len(queries[0]), 0, dtype=torch.float64)
+    places, seen = best.long(), 0
+    for part in others:
+        distance = torch.stack([square_distances(view, part) for view in queries]).amin(0)
+        best = torch.cat([best, distance], dim=1)
+        here = torch.arange(seen, seen + len(part), device=best.device)
+        places = torch.cat([places, here.expand_as(distance)], dim=1)
+        best, kept = best.topk(min(count, best.shape[1]), largest=False)
+        places, seen = places.gather(1, kept), seen + len(part)
+    return best.sqrt().cpu(), places.cpu()
+
+
+class Pairs(NamedTuple):
+    """The training images that are nearest to each of Q images, two or more."""
+
+    distance: Tensor  # [Q, count]
+    rows: Tensor  # [Q, count], of the training set
+
+    @property
+    def ratio(self) -> Tensor:
+        """The distance to the nearest over that to the second, [Q]; 1 where both are 0."""
+        return (self.distance[:, 0] / self.distance[:, 1]).nan_to_num(1.0)
+
+    @property
+    def copies(self) -> int:
+        """How many lie much nearer to one training image than to any other."""
+        return int((self.ratio < COPY).sum())
+
+
+def find_pairs(
+    queries: Tensor,
+    train: Images,
+    rows: np.ndarray,
+    flips: bool,
+    device: torch.device,
+    *,
+    count: int = 2,
+) -> Pairs:
+    """Return the nearest of the training images `rows` to uint8 images [Q, C, H, W], by pixels."""
+    place = torch.device("cpu") if device.type == "mps" else device  # it has no float64
+    views = [queries, queries.flip(-1)] if flips else [queries]
+    views = [view.flatten(1).to(place) for view in views]
+    size = max(1, 10**7 // math.prod(train.shape))
+    batches = (rows[i : i + size].tolist() for i in range(0, len(rows), size))
+    others = (train[batch].images.flatten(1).to(place) for batch in batches)
+    distance, places = nearest(views, others, count)
+    return Pairs(distance, torch.from_numpy(rows)[places])
+
+
+# ---- all of it
+
+
+class Yardsticks(NamedTuple):
+    """What a dataset and a process say about a model's loss, as arrays."""
+
+    spectrum: np.ndarray  # [D], see Spectrum
+    least: np.ndarray
+    memoriser: np.ndarray  # [2, bins], on training images and on validation images
+    distinct: np.ndarray  # [M] rows of training images that are no copies, mirrored ones neither
+    validation_copies: np.ndarray  # [2]: how many of how many validation images look like copies
+    levels: np.ndarray  # [2]: the lowest and the highest in use, of 0 ... 255
+    flat: np.ndarray  # share of images that are nearly of one color
+    sampled: np.ndarray  # [3]: images behind spectrum, memoriser, copies
+
+    def linear(self, alpha_bar: np.ndarray) -> np.ndarray:
+        """Return the best linear denoiser's error of eps."""
+        return linear_loss(self.spectrum, alpha_bar)
+
+
+def memoriser_set(train: Images, flips: bool) -> Images:
+    """Return the training images that the memoriser knows: all, or a sample."""
+    most = MEMORISER_VALUES // math.prod(train.shape) // (1 + flips)
+    return train.of(np.array(spread(max(PROBED, min(most, 50_000)), len(train))))
+
+
+def get_yardsticks(
+    images: dict[str, Images],
+    diffusion: GaussianDiffusion,
+    *,
+    flips: bool,
+    cache: Path,
+    say: Callable[[str], object],
+) -> Yardsticks:
+    """Return the yardsticks of a dataset by split, from `cache` where they have been measured."""
+    prints = [images[split].fingerprint() for split in ("train", "validation")]
+    key = ["1", *prints, flips, hashlib.sha256(diffusion.betas.tobytes()).hexdigest()]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = cache / f"yardsticks-{name}.npz"
+    if path.exists():
+        with suppress(Exception), np.load(path, allow_pickle=False) as file:  # damaged: once more
+            return Yardsticks(**{field: file[field] for field in Yardsticks._fields})
+    say("measuring the yardsticks of these images: once, up to a minute")
+    found = measure_yardsticks(images, diffusion, flips)
+    with suppress(OSError):  # then the next run measures again
+        save_arrays(path, **found._asdict())
+    return found
+
+
+def measure_yardsticks(
+    images: dict[str, Images], diffusion: GaussianDiffusion, flips: bool
+) -> Yardsticks:
+    train, validation, T = images["train"], images["validation"], diffusion.timesteps
+    spectrum, known = measure_spectrum(train, flips), memoriser_set(train, flips)
+    pixels = known[list(range(len(known)))].images.numpy()
+    lines = [
+        memoriser_loss(pixels, take_probe(some, T), diffusion, flips)
+        if len(some)
+        else np.full(len(bin_edges(T)) - 1, np.nan)
+        for some in (known, validation)
+    ]
+    distinct, levels, flat, looked_at = look_at(train, flips)
+    queries, copies = spread(PROBED, len(validation)), 0
+    if queries and len(distinct) > 1:
+        cpu = torch.device("cpu")
+        copies = find_pairs(validation[queries].images, train, distinct, flips, cpu).copies
+    return Yardsticks(
+        spectrum.values,
+        spectrum.least,
+        np.stack(lines),
+        distinct,
+        np.array([copies, len(queries)]),
+        levels,
+        np.array(flat),
+        np.array([spectrum.images, len(known), looked_at]),
+    )
+
+
+def look_at(train: Images, flips: bool) -> tuple[np.ndarray, np.ndarray, float, int]:
+    """Return distinct rows, levels in use, the share of flat images, and of how many that is."""
+    rows = spread(COPIES_VALUES // math.prod(train.shape), len(train))
+    seen, distinct, used, flat = set[bytes](), list[int](), np.zeros(256, int), 0
+    for start in range(0, len(rows), BLOCK):
+        some = rows[start : start + BLOCK]
+        block = train[some].images.numpy()
+        used += np.bincount(block.ravel(), minlength=256)
+        flat += int((np.ptp(block.reshape(len(block), -1), axis=1) < 8).sum())
+        for row, image in zip(some, block, strict=True):
+            views = (image, image[..., ::-1]) if flips else (image,)
+            digest = min(hashlib.blake2b(v.tobytes(), digest_size=16).digest() for v in views)
+            if digest not in seen:
+                seen.add(digest)
+                distinct.append(row)
+    # a few stray pixels do not count
+    levels = np.searchsorted(used.cumsum() / used.sum(), [5e-4, 1 - 5e-4])
+    return np.array(distinct), levels, flat / len(rows), len(rows)
