@@ -122,8 +122,8 @@ class HealthCheck(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, DDPM)
         config, every = self.config, self.config.evaluation.validate_every
-        # whether anything will be validated
-        self.active = config.training.max_steps // every > (trainer.global_step - 1) // every
+        last = config.training.max_steps // every * every  # step that is validated
+        self.active = last >= max(1, trainer.global_step)
         if not (self.active and trainer.is_global_zero):
             return
         self.images = trainer.datamodule.images  # type: ignore[attr-defined]

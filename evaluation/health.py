@@ -203,7 +203,9 @@ class Health:
         training, raw = self.config.training, self.losses.get(("raw", self.split), math.nan)
         loss = min((x for x in (self.loss, raw) if x == x), default=math.nan)
         rate = f"training.learning_rate ({training.learning_rate:g})"
-        if self.step > training.warmup_steps and not loss < 1:
+        # a network that aims at x_0 has a loss far above 1 when it is young
+        too_high = loss >= 1 and self.config.diffusion.prediction == "eps"
+        if self.step > training.warmup_steps and (too_high or math.isnan(loss)):
             yield Advice(
                 "diverged",
                 f"diverged: the loss is {loss:.3g}, and an untrained model's is 1; lower {rate} "
@@ -228,7 +230,7 @@ class Health:
                 f"{self.skipped:.0%} of the last steps were skipped, as their gradients were not "
                 f"finite; lower {rate}",
             )
-        if self.clipped > 0.5 and self.step > 2 * training.warmup_steps:
+        if self.clipped > 0.05 and self.step > 2 * training.warmup_steps:
             yield Advice(
                 "clipped",
                 f"gradients of {self.clipped:.0%} of the last steps were clipped to "

@@ -45,7 +45,7 @@ class Evil:
         return os.system, ("touch stolen",)
 
 
-def invoke(command: str, place: Path, monkeypatch, code: int) -> str:
+def invoke(command: str, place: Path, monkeypatch, code: int = 0) -> str:
     """Run a command as `processes.run` does, in this process: what trains little or nothing."""
     script, *arguments = shlex.split(command)
     monkeypatch.chdir(place)

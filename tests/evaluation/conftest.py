@@ -2,10 +2,12 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
-from helpers import invoke
+import torch
+from helpers import Net, invoke
 
 
 @pytest.fixture
@@ -21,3 +23,13 @@ def run(place, monkeypatch):
         return output, json.loads(facts.read_text()) if facts and code == 0 else None
 
     return run
+
+
+@pytest.fixture(scope="session")
+def net(tmp_path_factory):
+    """A feature extractor's file."""
+    path = tmp_path_factory.mktemp("net") / "net.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(Net().eval()).save(path)
+    return path
