@@ -201,9 +201,11 @@ class Health:
         """Yield what is wrong, each with a number and a hint."""
         yield from self.before
         training, raw = self.config.training, self.losses.get(("raw", self.split), math.nan)
-        loss = min((x for x in (self.loss, raw) if x == x), default=math.nan)
+        # on images that it trains on: what is learned by heart is another matter
+        known = [self.losses.get((weights, "train"), math.nan) for weights in ("ema", "raw")]
+        loss = min((value for value in known if value == value), default=math.nan)
         rate = f"training.learning_rate ({training.learning_rate:g})"
-        # a network that aims at x_0 has a loss far above 1 when it is young
+        # a young network that aims at x_0 has a loss far above 1
         too_high = loss >= 1 and self.config.diffusion.prediction == "eps"
         if self.step > training.warmup_steps and (too_high or math.isnan(loss)):
             yield Advice(
@@ -215,9 +217,9 @@ class Health:
             yield Advice(
                 "below linear",
                 f"less learned than a covariance: loss {loss:.3g}, and a linear denoiser has "
-                f"{self.linear:.3g}; train longer than {self.step:,} steps, or try another {rate}",
+                f"{self.linear:.3g}; train longer than {self.step:,} steps, or with another {rate}",
             )
-        elif self.loss > self.linear:
+        elif known[0] > self.linear:
             yield Advice(
                 "EMA lags",
                 f"the EMA lags: its loss is {self.loss:.3g}, a linear denoiser's {self.linear:.3g} "
@@ -250,9 +252,9 @@ class Health:
         if self.split == "validation" and self.loss > 1.3 * trained and self.remembered < 0.5:
             yield Advice(
                 "gap",
-                f"memorising: the validation loss {self.loss:.3g} is {self.loss / trained - 1:.0%} "
-                f"above that of training images, {trained:.3g}; stop earlier, get more images, or "
-                f"raise model.dropout ({self.config.model.dropout:g})",
+                f"memorising: the validation loss {self.loss:.3g} is "
+                f"{_compare(self.loss, trained)} that of training images, {trained:.3g}; stop "
+                f"earlier, get more images, or raise model.dropout ({self.config.model.dropout:g})",
             )
         if self.best and self.loss > 1.05 * self.best[0]:
             yield Advice(
@@ -263,7 +265,10 @@ class Health:
 
 
 def _compare(value: float, other: float) -> str:
-    return f"{abs(value / other - 1):.0%} {'below' if value <= other else 'above'}"
+    ratio = value / other
+    if ratio >= 2:
+        return f"{ratio:.2g} times"
+    return f"{abs(ratio - 1):.0%} {'below' if ratio < 1 else 'above'}"
 
 
 def advice_before(
