@@ -390,8 +390,7 @@ def to_yaml(config: Config) -> str:
 
 def differences(old: Config, new: Config, *, learned: bool = False) -> list[str]:
     """Return 'section.key: old -> new' for each value that differs; `learned`: of keys not free."""
-    lines = []
-    new_tree = new.model_dump(mode="json")
+    lines, new_tree = [], new.model_dump(mode="json")
     for section, values in old.model_dump(mode="json").items():
         fields = fields_of(section)
         for key, value in values.items():

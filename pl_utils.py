@@ -36,8 +36,7 @@ from generation import generate, make_denoiser, quick_steps, resolve_precision
 from generation.images import image_grid
 from model import Network, at_precision, build_network, exact_float32
 
-# the loss over all t, and over each quarter
-VALIDATION_TAGS = "val/loss", *(f"val/loss by t/{i} of 4" for i in range(1, 5))
+VALIDATION_TAGS = "val/loss", *(f"val/loss by t/{quarter} of 4" for quarter in range(1, 5))
 SAMPLED = 256  # images that are looked at after each validation, for copies
 INITIAL, TRAIN, DROPOUT, VALIDATE = range(4)  # streams of random numbers
 
@@ -93,11 +92,8 @@ class DDPM(pl.LightningModule):
         weight = self.diffusion.column(LOSS_WEIGHTS[config.training.loss_weight]).float()
         edges = cell_edges(self.diffusion.column(T_DENSITIES[config.training.t_density]))
         # sums since the last log: loss, gradient norm, steps; skipped steps, clipped ones
-        sums = {
-            "tally": torch.zeros(5),
-            "streak": torch.zeros(()),
-            "longest_streak": torch.zeros(()),
-        }
+        zero = torch.zeros(())
+        sums = {"tally": torch.zeros(5), "streak": zero, "longest_streak": zero.clone()}
         for name, tensor in {"loss_weight": weight, "t_edges": edges, **sums}.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -237,20 +233,14 @@ class DDPM(pl.LightningModule):
         kinds = product(compared_weights(self.config, self.trainer.global_step), splits)
         self._quarters = {kind: quarters.clone() for kind in kinds}
 
-    def validation_losses(
-        self, batch: Batch, t: Tensor, eps: Tensor, network: Network | None = None
-    ) -> Tensor:
-        """Return the EMA's, or another network's, error of eps of each image, [B].
-
-        Images are uint8 [B, C, H, W].
-        """
+    def validation_losses(self, network: Network, batch: Batch, t: Tensor, eps: Tensor) -> Tensor:
+        """Return a network's error of eps of each image, [B]; images: uint8 [B, C, H, W]."""
         micro, losses = self.micro or self.config.training.batch_size, []
         with exact_float32():
             for i in range(0, len(t), micro):
                 rows = slice(i, i + micro)
                 labels = None if batch.labels is None else batch.labels[rows]
-                x_0 = from_uint8(batch.images[rows])
-                F = partial(network or self.ema, labels=labels)
+                x_0, F = from_uint8(batch.images[rows]), partial(network, labels=labels)
                 losses.append(self.diffusion.loss(F, x_0, t[rows], eps[rows]))
         return torch.cat(losses)
 
@@ -264,7 +254,7 @@ class DDPM(pl.LightningModule):
         for (weights, split), sums in self._quarters.items():
             if split == measured:
                 network = self.ema if weights == "ema" else self.unet
-                losses = self.validation_losses(batch, t, eps, network)
+                losses = self.validation_losses(network, batch, t, eps)
                 sums.index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
 
     def on_validation_epoch_end(self) -> None:

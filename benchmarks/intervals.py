@@ -16,7 +16,7 @@ from benchmarks.common import ROOT, environment, markdown, publish, report
 from config import load_config
 from generation import quick_steps
 from pl_utils import DDPM
-from training.dry_run import Seconds, flops_per_image, project
+from training.dry_run import Seconds, flops_per_image, project, validation_calls
 from training.hardware import timed
 from weights import read_checkpoint, write_checkpoint
 
@@ -49,10 +49,9 @@ def measure(name: str, folder: Path, rounds: int) -> list[str]:
 
     forward, backward = (flops / H200 for flops in flops_per_image(config))
     calls = logging.preview_images * len(quick_steps(ddpm.diffusion))
-    whole = project(
-        config,
-        Seconds(backward * training.batch_size, forward * calls, forward * VALIDATION[name], write),
-    )
+    validation = forward * validation_calls(ddpm, VALIDATION[name], 30_000)
+    once = Seconds(backward * training.batch_size, forward * calls, validation, write)
+    whole = project(config, once)
     parts = [whole.checkpoint, whole.preview, whole.validation, sum(whole) - whole.step]
     tpu = write / (logging.save_every / SPEEDS[name] + write)
     shares = [f"{part / sum(whole):.2%}" for part in parts]

@@ -23,7 +23,7 @@ from benchmarks.common import (
     wake,
 )
 from config import load_config
-from dataset import Images
+from dataset import Batch, Images
 from diffusion_utils import from_uint8, make_steps
 from generation import generate, make_denoiser
 from model import at_precision
@@ -49,7 +49,7 @@ def set_precision(ddpm: DDPM, precision: str) -> None:
 def gradient(ddpm: DDPM, batch: Tensor, precision: str) -> Tensor:
     """Return the gradient of one training batch, as one vector."""
     set_precision(ddpm, precision)
-    t, eps, _ = ddpm.draw(TRAIN, 0, len(batch))
+    t, eps, *_ = ddpm.draw(TRAIN, 0, len(batch))
     loss = ddpm.diffusion.loss(ddpm.train_network, from_uint8(batch), t, eps).mean()
     gradients = torch.autograd.grad(loss, list(ddpm.unet.parameters()))
     return torch.cat([g.flatten() for g in gradients]).double()
@@ -66,7 +66,7 @@ def train(
     overrides: list[str], steps: int, device: torch.device
 ) -> tuple[DDPM, dict[str, Images], np.ndarray]:
     """Train configs/digits.yml for some steps; return the loss of each, too."""
-    config = load_config(ROOT / "configs/digits.yml", overrides)
+    config = load_config(ROOT / "configs/digits.yml", ["dataset.labels=false", *overrides])
     ddpm, splits = DDPM(config).to(device), open_images(config)
     optimizer, losses = ddpm.configure_optimizers(), []
     for step, batch in zip(range(steps), train_batches(splits["train"], config), strict=False):
@@ -80,8 +80,8 @@ def train(
 def validation_loss(ddpm: DDPM, images: Images) -> float:
     """Return the EMA's loss, with the same t and noise for all."""
     pixels = images[list(range(len(images)))].images.to(ddpm.device)
-    t, eps, _ = ddpm.draw(VALIDATE, 0, len(pixels))
-    return ddpm.validation_losses(pixels, t, eps).mean().item()
+    t, eps, *_ = ddpm.draw(VALIDATE, 0, len(pixels))
+    return ddpm.validation_losses(ddpm.ema, Batch(pixels), t, eps).mean().item()
 
 
 def compare_images(device: torch.device, count: int) -> list[list[str]]:

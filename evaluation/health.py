@@ -28,6 +28,7 @@ from evaluation.yardsticks import (
 )
 from generation import SeedNoise
 from model import exact_float32
+from pl_utils import SAMPLED as SAMPLED
 from weights import Model, load_model
 
 NAMES = {"ema": "EMA", "raw": "raw weights"}

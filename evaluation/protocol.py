@@ -21,13 +21,12 @@ from evaluation.classes import (
     rows_by_label,
 )
 from evaluation.extractor import INCEPTION, Extractor, load_extractor
-from evaluation.health import both_weights, take_probes
+from evaluation.health import SAMPLED, both_weights, take_probes
 from evaluation.likelihood import bound_times
 from evaluation.metrics import KEPT, Statistics, Tally, load_statistics, spread
 from evaluation.yardsticks import Probe
 from generation import Sampling, quick_settings, resolve_precision
 from generation.recipe import parse_labels
-from pl_utils import SAMPLED
 from training.datamodule import open_images
 from weights import Model, load_model
 

@@ -17,6 +17,7 @@ from diffusion_utils import Denoiser, Step, from_uint8, reverse, to_uint8
 from evaluation.classes import assign_labels, count_labels, rows_by_label
 from evaluation.extractor import load_extractor
 from evaluation.health import (
+    SAMPLED,
     both_weights,
     check_up,
     find_pairs_by_features,
@@ -29,7 +30,6 @@ from evaluation.metrics import spread
 from evaluation.yardsticks import bin_edges, find_pairs, get_yardsticks
 from generation import Sampling, SeedNoise, generate
 from generation.edit import steps_from
-from pl_utils import SAMPLED
 from plotting import boards
 from plotting.boards import Board, Cells, write_figure
 from weights import Model

@@ -165,6 +165,15 @@ class Rehearsal:
             return seconds, path.stat().st_size
 
 
+def validation_calls(module: DDPM, validated: int, trained: int) -> int:
+    """Return the network calls of a validation: losses of both splits, samples to look for copies.
+
+    Args:
+        validated, trained: images of either split.
+    """
+    return (2 * validated or min(1000, trained)) + SAMPLED * len(quick_steps(module.diffusion))
+
+
 def measure(config: Config, dollars_per_hour: float | None = None) -> dict[str, str]:
     """Return what a run takes, as texts by name, from as few of its parts as will do."""
     run, training, logging = Rehearsal(config), config.training, config.logging
@@ -174,8 +183,7 @@ def measure(config: Config, dollars_per_hour: float | None = None) -> dict[str, 
     part, peak, step, start = run.train()
     count, validated = len(run.images["train"]), len(run.images["validation"])
     preview = run.preview() if logging.preview_every else 0.0
-    # as many training images, and what is sampled to look for copies
-    calls = (2 * validated or min(1000, count)) + SAMPLED * len(quick_steps(run.module.diffusion))
+    calls = validation_calls(run.module, validated, count)
     validation = step * calls / training.batch_size * forward / flops
     checkpoint, size = run.checkpoint()
     once = Seconds(step, preview, validation, checkpoint)

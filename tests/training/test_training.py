@@ -308,10 +308,13 @@ def test_validation_is_the_same_every_time(tmp_path):
 
     ddpm.diffusion.loss = spy
     train(tmp_path, *overrides, ddpm=ddpm)
-    assert [len(t) for _, t, _ in seen] == [50, 50, 50, 30] * 3
-    for first, second, third in zip(seen[:4], seen[4:8], seen[8:], strict=True):
+    # validation images, then as many training images with the same t and noise
+    assert [len(t) for _, t, _ in seen] == [50, 50, 50, 30] * 2 * 3
+    for first, second, third in zip(seen[:8], seen[8:16], seen[16:], strict=True):
         assert_same(list(first), list(second))
         assert_same(list(first), list(third))
+    for validation, training in zip(seen[:4], seen[4:8], strict=True):
+        assert_same(list(validation[1:]), list(training[1:]))
     data = ImageData(ddpm.config)
     data.setup()
     images = from_uint8(data.images["validation"][list(range(180))].images)
