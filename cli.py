@@ -320,7 +320,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Seed = Annotated[
     int, typer.Option(min=0, max=2**62, help="Seed of the first image; each next one has 1 more.")
 ]
-Which = Annotated[
+CheckpointName = Annotated[
     str | None,
     typer.Option(
         "--checkpoint",

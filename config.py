@@ -296,10 +296,10 @@ class Config(Section):
                 f"hardware.micro_batch_size {micro} does not divide training.batch_size "
                 f"{batch_size}; these do: {divisors(batch_size)}"
             )
-        best = self.training.keep_best
+        best, last = self.training.keep_best, self.training.max_steps
         key = "validate_every" if best == "validation" else "evaluate_every"
-        if best and not self.evaluation.model_dump()[key]:
-            raise ValueError(f"training.keep_best={best} is never measured: set evaluation.{key}")
+        if best and not 0 < getattr(self.evaluation, key) <= last:
+            raise ValueError(f"training.keep_best={best} needs evaluation.{key} in 1 ... {last}")
         steps, T = self.sampling.timesteps, self.diffusion.timesteps
         if steps is not None and steps > T:
             raise ValueError(f"sampling.timesteps {steps} is more than diffusion.timesteps {T}")

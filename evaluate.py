@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cli import (
+    CheckpointName,
     Device,
     Precision,
     Seed,
     Weights,
-    Which,
     checkpoint_of,
     fail,
     is_main_process,
@@ -55,7 +55,7 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 def evaluate(
     sampling: dict[str, Any],
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="What is measured.")],
-    which: Which = None,
+    which: CheckpointName = None,
     metrics: Annotated[
         str | None,
         typer.Option(help="Any of fid,is,kid,pr,nll,health. Default: all that apply but health."),

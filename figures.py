@@ -12,10 +12,10 @@ import typer
 from rich.progress import track
 
 from cli import (
+    CheckpointName,
     Device,
     Seed,
     Weights,
-    Which,
     checkpoint_of,
     fail,
     plain_console,
@@ -98,7 +98,7 @@ def figures(
             "TorchScript file. Default: the network itself."
         ),
     ] = None,
-    which: Which = None,
+    which: CheckpointName = None,
     weights: Weights = "ema",
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one network call.")] = 256,
     device: Device = "auto",

@@ -228,12 +228,12 @@ class DDPM(pl.LightningModule):
     # ---- validation: the same t and noise every time, in float32, for as many training images too
 
     def on_validation_epoch_start(self) -> None:
-        # by weights and split: sums and counts, by quarter of t
-        splits, quarters = self.trainer.datamodule.validated, torch.zeros(2, 4, device=self.device)  # type: ignore[attr-defined]
+        splits = self.trainer.datamodule.measured_splits  # type: ignore[attr-defined]
         kinds = product(compared_weights(self.config, self.trainer.global_step), splits)
-        self._quarters = {kind: quarters.clone() for kind in kinds}
+        zeros = torch.zeros(2, 4, device=self.device)  # losses and counts, by quarter of t
+        self._quarters = {kind: zeros.clone() for kind in kinds}
 
-    def validation_losses(self, network: Network, batch: Batch, t: Tensor, eps: Tensor) -> Tensor:
+    def validation_losses(self, network: Callable, batch: Batch, t: Tensor, eps: Tensor) -> Tensor:
         """Return a network's error of eps of each image, [B]; images: uint8 [B, C, H, W]."""
         micro, losses = self.micro or self.config.training.batch_size, []
         with exact_float32():
@@ -250,20 +250,21 @@ class DDPM(pl.LightningModule):
             return
         t, eps, *_ = self.draw(VALIDATE, batch_idx * ranks + self.global_rank, count)
         quarter = t * 4 // self.diffusion.timesteps
-        measured = self.trainer.datamodule.validated[dataloader_idx]  # type: ignore[attr-defined]
+        measured = self.trainer.datamodule.measured_splits[dataloader_idx]  # type: ignore[attr-defined]
         for (weights, split), sums in self._quarters.items():
             if split == measured:
-                network = self.ema if weights == "ema" else self.unet
+                # not compiled once more, for one that evaluates
+                network = self.ema if weights == "ema" else self.unet.forward
                 losses = self.validation_losses(network, batch, t, eps)
                 sums.index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
 
     def on_validation_epoch_end(self) -> None:
-        self.validated: dict[tuple[str, str], list[float]] = {}
+        self.validation_means: dict[tuple[str, str], list[float]] = {}
         for kind, quarters in self._quarters.items():
             sums, counts = self.trainer.strategy.reduce(quarters, reduce_op="sum")
             mean = (sums.sum() / counts.sum()).item()
-            self.validated[kind] = [mean, *(sums / counts).tolist()]
-        if measured := self.validated.get(("ema", "validation")):
+            self.validation_means[kind] = [mean, *(sums / counts).tolist()]
+        if measured := self.validation_means.get(("ema", "validation")):
             metrics = dict(zip(VALIDATION_TAGS, measured, strict=True))
             for logger in self.trainer.loggers:
                 logger.log_metrics(metrics, self.global_step)

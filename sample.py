@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cli import (
+    CheckpointName,
     Device,
     Precision,
     Seed,
     Weights,
-    Which,
     checkpoint_of,
     fail,
     parse_seeds,
@@ -69,7 +69,7 @@ def sample(
             autocompletion=run_names,
         ),
     ] = None,
-    which: Which = None,
+    which: CheckpointName = None,
     num_images: Annotated[
         int | None,
         typer.Option(min=1, max=10_000_000, help="Number of images. Default: 8; with --encode 1."),

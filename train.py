@@ -150,12 +150,14 @@ def fit(config: Config, start: "Start", console: Console) -> int:
         if last_checkpoint or (isinstance(error, OSError) and (run / "config.yml").is_file()):
             console.print(f"to continue: {goes_on}")
 
-    path = start.checkpoint[0] if start.checkpoint else None
+    path, step = None, 0
+    if start.checkpoint:
+        path, step = start.checkpoint[0], start.checkpoint[1]["global_step"]
     trainer = build_trainer(config, run, console, loaded=start.checkpoint, on_failure=report)
     if config.evaluation.evaluate_every:
         trainer.callbacks.append(Evaluation(config, console))  # type: ignore[attr-defined]
     if config.evaluation.validate_every:
-        trainer.callbacks.append(HealthCheck(config, console))  # type: ignore[attr-defined]
+        trainer.callbacks.append(HealthCheck(config, console, step))  # type: ignore[attr-defined]
     start.checkpoint = None  # the trainer has it: memory for one, not for two
     data, ddpm = ImageData(config), DDPM(config)
     if start.weights:

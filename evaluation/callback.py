@@ -1,5 +1,6 @@
 """What is measured while training: FID, IS and KID of a few images; how healthy the run is."""
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -8,10 +9,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from config import Config
+from dataset import Images
+from diffusion_utils import GaussianDiffusion
 from evaluation.classes import (
+    Label,
     as_matrix,
     assign_labels,
     count_labels,
@@ -20,8 +25,8 @@ from evaluation.classes import (
 )
 from evaluation.distributed import Ranks, reference_statistics
 from evaluation.extractor import load_extractor
-from evaluation.health import Advice, Health, advice_before
-from evaluation.metrics import Tally, compute
+from evaluation.health import Advice, Health, advice_before, searched_in
+from evaluation.metrics import Tally, compute, spread
 from evaluation.yardsticks import by_quarter, find_pairs, get_yardsticks
 from files import explained
 from generation import quick_steps
@@ -32,14 +37,32 @@ from training import Checkpoints
 from training.monitor import Monitor
 
 BATCH = 64  # images at a time
+LABELS = 32  # of which copies are looked for
+
+
+def draw_together(
+    trainer: pl.Trainer, module: DDPM, ranks: Ranks, rows: dict[Label, list[int]]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield this rank's share of the EMA's images, (seeds, uint8 [B, C, H, W]), by {label: seeds}.
+
+    A signal to any rank ends training here, at this step, with everything saved.
+    """
+    checkpoints, size = Checkpoints.of(trainer), min(BATCH, module.micro or BATCH)
+    network, classes = at_precision(module.ema, module.precision), module.config.dataset.classes
+    for label, batches in share_by_label(ranks, rows, size):
+        vector = label_vector(label, classes) if label else None
+        drawn = quick_images(module, network, [*chain(*batches)], size, vector)
+        for batch in batches:
+            checkpoints.save(trainer, checkpoints.signalled())  # all ranks ask together
+            if batch:
+                yield next(drawn)
 
 
 class Evaluation(pl.Callback):
     """Logs metrics of a few of the EMA's images, by a fast sampler, on all ranks.
 
     Labels are drawn as often as training sees them. Like previews it leaves no trace in training:
-    seeds are fixed, and everything of the metrics lives here. A signal ends it, and is obeyed
-    after the step.
+    seeds are fixed, and everything of the metrics lives here.
     """
 
     def __init__(self, config: Config, console: Console):
@@ -72,104 +95,115 @@ class Evaluation(pl.Callback):
     def _evaluate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         step, count = trainer.global_step, self.config.evaluation.evaluate_images
         assert isinstance(module, DDPM)
-        checkpoints, lowest = Checkpoints.of(trainer), dict[str, float]()
-        tally = Tally.of(self.extractor, count, self.shape, keep=count)
+        tally, lowest = Tally.of(self.extractor, count, self.shape, keep=count), dict[str, float]()
         module.eval()
-        for batch, drawn in self._batches(module):
-            if checkpoints.signalled():  # all ranks ask together
-                break
-            if batch:
-                seeds, images = next(drawn)
-                tally.add(seeds, *self.extractor(images.to(self.ranks.device)))
-        else:
-            self.ranks.add_up(*tally.tensors())
-            if self.ranks.is_first:
-                by = f"dpm++ {len(quick_steps(module.diffusion))}"
-                wanted = ("fid", "is", "kid") if tally.classes else ("fid", "kid")
-                scores = compute(wanted, tally, self.reference)
-                scores |= overall_accuracy(tally, as_matrix(self.by_label, self.classes))
-                values = {
-                    f"evaluation/{name if '-' in name else f'{name}-{count}'} {by}": score.value
-                    for name, score in scores.items()
-                }
-                for logger in trainer.loggers:
-                    logger.log_metrics(values, step)
-                lowest = {name.partition("-")[0].lower(): s.value for name, s in scores.items()}
-            checkpoints.hear(trainer, "evaluation", self.ranks.first(lowest))
+        for seeds, images in draw_together(trainer, module, self.ranks, self.by_label):
+            tally.add(seeds, *self.extractor(images.to(self.ranks.device)))
+        self.ranks.add_up(*tally.tensors())
+        if self.ranks.is_first:
+            by = f"dpm++ {len(quick_steps(module.diffusion))}"
+            wanted = ("fid", "is", "kid") if tally.classes else ("fid", "kid")
+            scores = compute(wanted, tally, self.reference)
+            lowest = {metric: scores[name].value for metric in ("fid", "kid")
+                      for name in scores if name.lower().startswith(metric)}  # fmt: skip
+            scores |= overall_accuracy(tally, as_matrix(self.by_label, self.classes))
+            values = {
+                f"evaluation/{name if '-' in name else f'{name}-{count}'} {by}": score.value
+                for name, score in scores.items()
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step)
+        how = f"of {count} images, {self.extractor}"
+        Checkpoints.of(trainer).record(trainer, "evaluation", self.ranks.first(lowest), how)
         module.train()
-
-    def _batches(self, module: DDPM) -> Iterator[tuple[list[int], Iterator]]:
-        """Yield this rank's batches, as many as others', each with what makes its images next."""
-        network = at_precision(module.ema, module.precision)
-        for label, batches in share_by_label(self.ranks, self.by_label, BATCH):
-            vector = label_vector(label, self.classes) if label else None
-            drawn = quick_images(module, network, [*chain(*batches)], BATCH, vector)
-            yield from ((batch, drawn) for batch in batches)
 
 
 class HealthCheck(pl.Callback):
     """Says after each validation how the run stands beside the yardsticks of its data.
 
     They are measured at the start, and kept with the data; in TensorBoard they are runs of their
-    own, so that they share the losses' charts. It leaves no trace in training: seeds are fixed, and
-    rank 0 alone draws images.
+    own, so that they share the losses' charts. It leaves no trace in training: seeds are fixed.
+
+    Args:
+        step: at which training begins.
     """
 
-    def __init__(self, config: Config, console: Console):
+    def __init__(self, config: Config, console: Console, step: int = 0):
         self.config, self.console = config, console
+        every = config.evaluation.validate_every
+        last = config.training.max_steps // every * every  # step that is validated
+        self.active = last >= max(1, step)
         self.said, self.writers = set[str](), dict[str, SummaryWriter]()
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, DDPM)
-        config, every = self.config, self.config.evaluation.validate_every
-        last = config.training.max_steps // every * every  # step that is validated
-        self.active = last >= max(1, trainer.global_step)
-        if not (self.active and trainer.is_global_zero):
+        if not self.active:
             return
-        self.images = trainer.datamodule.images  # type: ignore[attr-defined]
+        assert isinstance(module, DDPM)
+        self.ranks, images = Ranks(trainer), trainer.datamodule.images  # type: ignore[attr-defined]
+        self.train = images["train"]
+        weights = list(count_labels(self.train).items())
+        some = dict(weights[i] for i in spread(LABELS, len(weights)))
+        self.by_label = assign_labels(SAMPLED, some)
+        if self.ranks.is_first:
+            self._measure(images, module.diffusion)
+
+    def _measure(self, images: dict[str, Images], diffusion: GaussianDiffusion) -> None:
+        """Measure the yardsticks, and say what they are and what is wrong already."""
+        data, T = self.config.dataset, diffusion.timesteps
         known = self.yardsticks = get_yardsticks(
-            self.images, module.diffusion, flips=config.dataset.random_flip,
-            cache=Path(config.dataset.cache), say=self.console.print,
+            images, diffusion, flips=data.random_flip, cache=Path(data.cache),
+            say=self.console.print,
         )  # fmt: skip
-        T = module.diffusion.timesteps
         t = torch.linspace(0, T - 1, min(T, 4000)).round().long()
-        linear = known.linear(module.diffusion.alpha_bar(t).numpy())
-        quarters = [linear[t.numpy() * 4 // T == i] for i in range(4)]
+        alpha_bar, quarter = diffusion.alpha_bar(t).numpy(), t.numpy() * 4 // T
+        linear = known.linear(alpha_bar)
+        parts = [linear, *(linear[quarter == i] for i in range(4))]
         self.lines = {
-            "best-linear": [float(linear.mean()), *(float(some.mean()) for some in quarters)],
+            "untrained": [1.0] * 5,
+            "best-linear": [float(some.mean()) if len(some) else math.nan for some in parts],
             "memoriser": by_quarter(known.memoriser[0], T),
         }
-        found, whole = known.sampled.tolist(), len(self.images["train"])
-        part = f", from {min(found):,} of {whole:,} images" if min(found) < whole else ""
+        found, whole = known.sampled.tolist(), len(self.train)
+        part = f" (from {min(found):,} of {whole:,} images)" if min(found) < whole else ""
         self.console.print(
-            f"yardsticks{part}: loss {linear.mean():.3g} for the best linear denoiser, "
-            f"{self.lines['memoriser'][0]:.2g} on training images for one that knows them by heart"
+            f"yardsticks{part}: loss {linear.mean():.3g}{known.uncertain(alpha_bar)} for the best "
+            f"linear denoiser, {self.lines['memoriser'][0]:.2g} on training images for one that "
+            "knows them by heart"
         )
-        self.before = [*advice_before(config, module.diffusion, known, whole)]
+        self.before = [*advice_before(self.config, diffusion, known, whole)]
         self._say(self.before)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not (self.active and trainer.is_global_zero):
+        if not self.active:
             return
         assert isinstance(module, DDPM)
-        lines, step = dict(self.lines), trainer.global_step
-        if ("ema", "train") in module.validated:
-            lines["training-images"] = module.validated["ema", "train"]
-        if raw := module.validated.get(("raw", "validation")):
+        samples = torch.zeros(SAMPLED, *self.train.shape, dtype=torch.uint8)
+        for seeds, images in draw_together(trainer, module, self.ranks, self.by_label):
+            samples[seeds] = images.cpu()
+        self.ranks.add_up(samples)
+        if not self.ranks.is_first:
+            return
+        means, lines, step = module.validation_means, dict(self.lines), trainer.global_step
+        lines["training-images"] = means["ema", "train"]
+        if raw := means.get(("raw", "validation")):
             lines["raw-weights"] = raw
         self._log(trainer, lines, step)
-        checkpoints = Checkpoints.of(trainer)
-        alone = trainer.world_size == 1  # else all would have to ask
+        known, flips = self.yardsticks, self.config.dataset.random_flip
+        pairs = find_pairs(samples, self.train, known.distinct, flips, self.ranks.device)
+        shares = Monitor.of(trainer).shares
         health = Health(
             config=self.config,
             step=step,
-            losses={kind: mean for kind, (mean, *_) in module.validated.items()},
+            losses={kind: mean for kind, (mean, *_) in means.items()},
             linear=self.lines["best-linear"][0],
-            copies=(0, 0) if alone and checkpoints.signalled() else self._count_copies(module),
-            validation_copies=tuple(self.yardsticks.validation_copies.tolist()),
-            best=checkpoints.best.get("validation"),
+            few=bool(known.few),
+            copies=(pairs.copies, SAMPLED),
+            validation_copies=(int(known.validation_copies[0]), int(known.validation_copies[1])),
+            searched=searched_in(known, len(self.train)),
+            clipped=shares["clipped"],
+            skipped=shares["skipped"],
+            best=Checkpoints.of(trainer).lowest.get("validation"),
             before=self.before,
-            **next(c.shares for c in trainer.callbacks if isinstance(c, Monitor)),  # type: ignore[attr-defined]
         )
         self.console.print(f"health at step {step:,}: {health.summary()}")
         self._say(health.advice())
@@ -181,17 +215,6 @@ class HealthCheck(pl.Callback):
                 self.said.add(advice.kind)
                 self.console.print(f"advice: {advice.text}")
 
-    @torch.inference_mode()
-    def _count_copies(self, module: DDPM) -> tuple[int, int]:
-        train = self.images["train"]
-        network, found = at_precision(module.ema, module.precision), []
-        for label, rows in assign_labels(SAMPLED, count_labels(train)).items():
-            vector = label_vector(label, train.classes) if label else None
-            found += [x for _, x in quick_images(module, network, rows, BATCH, vector)]
-        flips = self.config.dataset.random_flip
-        pairs = find_pairs(torch.cat(found), train, self.yardsticks.distinct, flips, module.device)
-        return pairs.copies, SAMPLED
-
     def _log(self, trainer: pl.Trainer, lines: dict[str, list[float]], step: int) -> None:
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):
@@ -200,9 +223,9 @@ class HealthCheck(pl.Callback):
                 continue
             with explained(logger.log_dir, kept=False):
                 for name, line in lines.items():
-                    if name not in self.writers:
-                        folder = Path(logger.log_dir, "yardsticks", name)
-                        self.writers[name] = SummaryWriter(str(folder))
+                    if name not in self.writers:  # what was logged past the checkpoint goes
+                        folder = str(Path(logger.log_dir, "yardsticks", name))
+                        self.writers[name] = SummaryWriter(folder, purge_step=step)
                     for tag, value in zip(VALIDATION_TAGS, line, strict=True):
                         self.writers[name].add_scalar(tag, value, step)
                     self.writers[name].flush()

@@ -15,6 +15,8 @@ from torch.nn.functional import normalize
 from config import Config
 from dataset import Images
 from diffusion_utils import GaussianDiffusion, from_uint8
+from evaluation.extractor import Extractor
+from evaluation.metrics import KEPT, spread
 from evaluation.yardsticks import (
     Pairs,
     Probe,
@@ -22,18 +24,18 @@ from evaluation.yardsticks import (
     bin_edges,
     by_quarter,
     find_pairs,
+    make_probe,
     memoriser_set,
     nearest,
-    take_probe,
 )
 from generation import SeedNoise
 from model import exact_float32
 from pl_utils import SAMPLED as SAMPLED
 from weights import Model, load_model
 
-NAMES = {"ema": "EMA", "raw": "raw weights"}
-SPLITS = {"train": "training", "validation": "validation"}
+WEIGHTS = {"ema": "EMA", "raw": "raw weights"}
 PredictEps = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x_t, t, labels) -> eps_hat
+Extract = Callable[[Tensor], Tensor]  # uint8 [B, C, H, W] -> features [B, D] on the CPU
 
 
 # ---- a model's lines
@@ -45,17 +47,18 @@ def both_weights(source: str | Path, model: Model) -> dict[str, Model]:
     with suppress(ValueError):
         other: Literal["ema", "raw"] = "raw" if model.weights == "ema" else "ema"
         found = load_model(source, other).to(model.device)
-        if found.digest() != model.digest():
+        # a run that is still training may have gone on
+        if found.step == model.step and found.digest() != model.digest():
             models[other] = found
     return models
 
 
-def take_probes(
+def make_probes(
     images: dict[str, Images], diffusion: GaussianDiffusion, flips: bool
 ) -> dict[str, Probe]:
-    """Return what is looked at in each split that has images; the memoriser knows the first."""
+    """Return a probe of each split that has images; the memoriser knows those of training."""
     parts = {"train": memoriser_set(images["train"], flips), "validation": images["validation"]}
-    return {split: take_probe(some, diffusion.timesteps) for split, some in parts.items() if some}
+    return {split: make_probe(some, diffusion.timesteps) for split, some in parts.items() if some}
 
 
 @torch.inference_mode()
@@ -71,7 +74,7 @@ def model_loss(
 ) -> Tensor:
     """Return a model's error of eps in each bin of t, [bins] float64; 0 where not in `bins`.
 
-    The noise's type is that of all that is computed.
+    All is computed in the type of the probe's noise.
     """
     line = torch.zeros(len(probe.t), dtype=torch.float64)
     rows = torch.arange(len(probe.images)).split(batch_size)
@@ -81,7 +84,8 @@ def model_loss(
             x_0 = (probe.images[some].to(device).to(eps.dtype) / 127.5) - 1
             labels = None if probe.labels is None else probe.labels[some].to(device)
             error = eps - predict_eps(diffusion.q_sample(x_0, t, eps), t, labels)
-            line[k] += error.double().square().flatten(1).mean(1).sum().cpu() / len(probe.images)
+            errors = error.square().flatten(1).mean(1).cpu().double()
+            line[k] += errors.sum() / len(probe.images)
             advance(len(some) / len(line))
     return line
 
@@ -89,13 +93,16 @@ def model_loss(
 # ---- features, in which copies are looked for too
 
 
-def network_features(model: Model) -> Callable[[Tensor], Tensor]:
-    """Return uint8 [B, C, H, W] -> [B, D] on the CPU, by the U-Net itself.
+def features_of(model: Model, extractor: Extractor | None) -> tuple[str, Extract]:
+    """Return what features are called, and an extractor's, or the network's where there is none.
 
-    It sees x_t at T / 10 with the same noise for all: there it knows what an image shows, and not
-    yet its every pixel.
+    The network sees x_t at T / 10 with the same noise for all: there it knows what an image shows,
+    and not yet its every pixel.
     """
     device, t = model.device, model.diffusion.timesteps // 10
+    if extractor:
+        extract = lambda images: extractor(images.to(device))[0].float().flatten(1).cpu()
+        return f"features of {extractor.name}", extract
     eps, times = SeedNoise([0], model.shape, device)(), torch.tensor([t], device=device)
 
     @torch.inference_mode()
@@ -104,14 +111,15 @@ def network_features(model: Model) -> Callable[[Tensor], Tensor]:
         with exact_float32():
             return model.network.features(x_t, times).cpu()
 
-    return features
+    return "the U-Net's features", features
 
 
 def find_pairs_by_features(
     queries: list[Tensor],
     train: Images,
     rows: np.ndarray,
-    extract: Callable[[Tensor], Tensor],
+    flips: bool,
+    extract: Extract,
     *,
     count: int = 2,
     batch_size: int = 256,
@@ -122,15 +130,16 @@ def find_pairs_by_features(
     Features are brought to one scale and compared by their angle.
     """
     batches = [rows[i : i + batch_size].tolist() for i in range(0, len(rows), batch_size)]
-    features = torch.cat(
-        [extract(train[batch].images) for batch in track(batches, total=len(batches))]
+    parts = [extract(train[batch].images) for batch in track(batches, total=len(batches))]
+    features = torch.cat(parts)
+    mean, std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
+    unit = lambda images: normalize(
+        (torch.cat([extract(some) for some in images.split(batch_size)]) - mean) / std
     )
-    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    unit = lambda f: normalize((f - mean) / std)
-    known, found = unit(features).split(4096), []
+    known, found = normalize((features - mean) / std).split(4096), []
     for images in queries:
-        own = torch.cat([extract(some) for some in images.split(batch_size)])
-        distance, places = nearest([unit(own)], known, count)
+        views = [unit(images), unit(images.flip(-1))] if flips else [unit(images)]
+        distance, places = nearest(views, known, count)
         found.append(Pairs(distance, torch.from_numpy(rows)[places]))
     return found
 
@@ -147,19 +156,23 @@ class Advice(NamedTuple):
 
 @dataclass(kw_only=True)
 class Health:
-    """What is known of a run at a step.
+    """The state of a run at a step; step 0 is an unknown one.
 
     `losses` are means over t by weights ("ema", "raw") and split, `linear` is the best linear
-    denoiser's; `copies` and `validation_copies` are (how many, of how many); `clipped` and
-    `skipped` are shares of the last steps; `best` is the lowest validation loss so far, its step.
+    denoiser's, and `few` says that it knows its few images by heart; `copies` and
+    `validation_copies` are (how many, of how many), `searched` where they were looked for;
+    `clipped` and `skipped` are shares of the last steps; `best` is the lowest validation loss so
+    far, and its step.
     """
 
     config: Config
     step: int
     losses: dict[tuple[str, str], float]
     linear: float
+    few: bool = False
     copies: tuple[int, int] = (0, 0)
     validation_copies: tuple[int, int] = (0, 0)
+    searched: str = ""
     clipped: float = 0.0
     skipped: float = 0.0
     best: tuple[float, int] | None = None
@@ -170,99 +183,88 @@ class Health:
         return "validation" if any(split == "validation" for _, split in self.losses) else "train"
 
     @property
-    def remembered(self) -> float:
-        """The share of initial weights in the EMA."""
-        return self.config.training.ema_decay**self.step
+    def loss(self) -> float:
+        return self._loss(self.split)
+
+    def _loss(self, split: str) -> float:
+        of = self.losses
+        return of.get(("ema", split), of.get(("raw", split), math.nan))
 
     @property
-    def loss(self) -> float:
-        return self.losses.get(("ema", self.split), math.nan)
+    def remembered(self) -> float:
+        """The share of initial weights in the EMA."""
+        ema = self.step and any(weights == "ema" for weights, _ in self.losses)
+        return self.config.training.ema_decay**self.step if ema else 0.0
 
     def summary(self) -> str:
         """Return the state of a run in one line."""
-        parts = [
-            f"{'validation' if self.split == 'validation' else 'training'} loss {self.loss:.4g}"
-        ]
+        words = "validation" if self.split == "validation" else "training"
+        text = f"{words} loss {self.loss:.4g}"
         if self.linear:
-            parts[0] += f": {_compare(self.loss, self.linear)} the best linear denoiser"
-        trained = self.losses.get(("ema", "train"))
-        if self.split == "validation" and trained:
-            parts[0] += f", {_compare(self.loss, trained)} training"
+            few = " of so few images" * self.few
+            text += f": {_compare(self.loss, self.linear)} the best linear denoiser{few}"
+        if self.split == "validation" and (trained := self._loss("train")):
+            text += f", {_compare(self.loss, trained)} training"
         if self.copies[1]:
-            parts.append(f"{self.copies[0]:,} of {self.copies[1]:,} copies")
-        raw = self.losses.get(("raw", self.split))
+            text += f"; {self.copies[0]:,} of {self.copies[1]:,} copies{self.searched}"
         if self.remembered > 0.01:
-            beside = f", raw weights have {raw:.4g}" if raw is not None else ""
-            parts.append(f"EMA is {self.remembered:.0%} initial weights{beside}")
-        else:
-            parts.append("EMA has forgotten its start")
-        return "; ".join(parts)
+            text += f"; EMA is {self.remembered:.0%} initial weights"
+            if raw := self.losses.get(("raw", self.split)):
+                text += f", raw weights have {raw:.4g}"
+        elif self.step:
+            text += "; EMA has forgotten its start"
+        return text
 
     def advice(self) -> Iterator[Advice]:
         """Yield what is wrong, each with a number and a hint."""
         yield from self.before
-        training, raw = self.config.training, self.losses.get(("raw", self.split), math.nan)
-        # on images that it trains on: what is learned by heart is another matter
-        known = [self.losses.get((weights, "train"), math.nan) for weights in ("ema", "raw")]
-        loss = min((value for value in known if value == value), default=math.nan)
+        training, dropout = self.config.training, self.config.model.dropout
         rate = f"training.learning_rate ({training.learning_rate:g})"
+        mend = f"stop earlier, get more images, or raise model.dropout ({dropout:g})"
+        # on images that it trains on: what is learned by heart is another matter
+        known = [x for (_, split), x in self.losses.items() if split == "train" and x == x]
+        loss = min(known, default=math.nan)
         # a young network that aims at x_0 has a loss far above 1
-        too_high = loss >= 1 and self.config.diffusion.prediction == "eps"
-        if self.step > training.warmup_steps and (too_high or math.isnan(loss)):
-            yield Advice(
-                "diverged",
-                f"diverged: the loss is {loss:.3g}, and an untrained model's is 1; lower {rate} "
-                "and begin again",
+        too_high = loss >= 1 and self.config.diffusion.prediction != "x0"
+        forgets = training.ema_decay**training.max_steps < 0.01
+        if self.step <= training.warmup_steps and self.step:
+            pass  # it is young
+        elif too_high or math.isnan(loss):
+            text = f"diverged: the loss is {loss:.3g}, and an untrained model's is 1"
+            yield Advice("diverged", f"{text}; lower {rate} and begin again")
+        elif loss > self.linear and not self.few and 4 * self.step >= training.max_steps:
+            text = (
+                f"worse than a linear denoiser: the loss is {loss:.3g}, and its {self.linear:.3g}"
             )
-        elif loss > self.linear and self.step > training.warmup_steps:
-            yield Advice(
-                "below linear",
-                f"less learned than a covariance: loss {loss:.3g}, and a linear denoiser has "
-                f"{self.linear:.3g}; train longer than {self.step:,} steps, or with another {rate}",
-            )
-        elif known[0] > self.linear:
-            yield Advice(
-                "EMA lags",
-                f"the EMA lags: its loss is {self.loss:.3g}, a linear denoiser's {self.linear:.3g} "
-                f"and the raw weights' {raw:.3g}; {self.remembered:.0%} of it are initial weights. "
-                f"Train longer, or lower training.ema_decay ({training.ema_decay})",
-            )
+            longer = f"train longer than {self.step:,} steps, or with another {rate}"
+            yield Advice("above linear", f"{text}; {longer}")
+        elif len(known) == 2 and max(known) > self.linear and not (forgets or self.few):
+            text = f"the EMA lags: its loss is {max(known):.3g}, and the raw weights' {loss:.3g}"
+            share = f"{self.remembered:.0%} of it are initial weights"
+            yield Advice("EMA lags", f"{text}; {share}: lower training.ema_decay")
         if self.skipped > 0.01:
-            yield Advice(
-                "skipped",
-                f"{self.skipped:.0%} of the last steps were skipped, as their gradients were not "
-                f"finite; lower {rate}",
-            )
+            text = f"{self.skipped:.0%} of the last steps were skipped: gradients were not finite"
+            yield Advice("skipped", f"{text}; lower {rate}")
         if self.clipped > 0.05 and self.step > 2 * training.warmup_steps:
-            yield Advice(
-                "clipped",
-                f"gradients of {self.clipped:.0%} of the last steps were clipped to "
-                f"{training.gradient_clip_norm:g}; lower {rate}",
+            text = f"gradients of {self.clipped:.0%} of the last steps were clipped"
+            norm = f"training.gradient_clip_norm ({training.gradient_clip_norm:g})"
+            yield Advice("clipped", f"{text} to {norm}; lower {rate}")
+        (copied, drawn), (alike, of) = self.copies, self.validation_copies
+        if copied >= 3 and copied / drawn > alike / max(1, of) + 0.02:
+            text = f"memorising: {copied:,} of {drawn:,} generated images are copies of training"
+            beside = (
+                f" images, and {alike:,} of {of:,} validation images look so" if of else " images"
             )
-        copied, drawn = self.copies
-        theirs = self.validation_copies[0] / max(1, self.validation_copies[1])
-        if drawn and copied >= 3 and copied / drawn > theirs + 0.02:
-            beside = f", and {theirs:.0%} of validation images" if self.validation_copies[1] else ""
-            yield Advice(
-                "copies",
-                f"memorising: {copied:,} of {drawn:,} generated images ({copied / drawn:.0%}) are "
-                f"copies of training images{beside}; stop earlier, get more images, or raise "
-                f"model.dropout ({self.config.model.dropout:g})",
-            )
-        trained = self.losses.get(("ema", "train"), math.nan)
+            yield Advice("copies", f"{text}{beside}; {mend}")
+        trained = self._loss("train")
         if self.split == "validation" and self.loss > 1.3 * trained and self.remembered < 0.5:
-            yield Advice(
-                "gap",
-                f"memorising: the validation loss {self.loss:.3g} is "
-                f"{_compare(self.loss, trained)} that of training images, {trained:.3g}; stop "
-                f"earlier, get more images, or raise model.dropout ({self.config.model.dropout:g})",
-            )
+            text = f"memorising: the validation loss {self.loss:.3g} is"
+            text += f" {_compare(self.loss, trained)} that of training images, {trained:.3g}"
+            yield Advice("gap", f"{text}; {mend}")
         if self.best and self.loss > 1.05 * self.best[0]:
-            yield Advice(
-                "rising",
-                f"the validation loss has risen by {self.loss / self.best[0] - 1:.0%} since step "
-                f"{self.best[1]:,}; training.keep_best=validation keeps that checkpoint",
-            )
+            text = f"the validation loss is {_compare(self.loss, self.best[0])} that of step"
+            keep = "training.keep_best=validation keeps such a checkpoint"
+            yield Advice("rising", f"{text} {self.best[1]:,}, the lowest; {keep}")
 
 
 def _compare(value: float, other: float) -> str:
@@ -276,60 +278,54 @@ def advice_before(
     config: Config, diffusion: GaussianDiffusion, yardsticks: Yardsticks, count: int
 ) -> Iterator[Advice]:
     """Yield what is wrong before the first step; `count`: of the training images."""
-    training, T = config.training, diffusion.timesteps
+    training, T, steps = config.training, diffusion.timesteps, config.training.max_steps
     if (signal := diffusion.alpha_bar(T - 1)) > 0.01:
-        yield Advice(
-            "schedule",
-            f"at the last t {signal:.0%} of the variance is still the image's, and sampling begins "
-            f"in pure noise; raise diffusion.timesteps ({T}) or diffusion.beta_end "
-            f"({config.diffusion.beta_end:g})",
+        text = (
+            f"at the last t {signal:.0%} of the variance is still the image's, and sampling begins"
         )
+        end = f"diffusion.beta_end ({config.diffusion.beta_end:g})"
+        yield Advice("schedule", f"{text} in pure noise; raise diffusion.timesteps ({T}) or {end}")
     low, high = yardsticks.levels.tolist()
     if high - low < 64:
-        yield Advice(
-            "range",
-            f"pixels lie in {low} ... {high} of 0 ... 255: scale the files of dataset.root "
-            f"({config.dataset.root}) to the whole range",
-        )
+        text = f"pixels lie in {low} ... {high} of 0 ... 255: scale the files of dataset.root"
+        yield Advice("range", f"{text} ({config.dataset.root}) to the whole range")
     if (flat := float(yardsticks.flat)) > 0.1:
-        yield Advice(
-            "flat", f"{flat:.0%} of the images are nearly of one color: look at `python dataset.py`"
-        )
-    if (left := training.ema_decay**training.max_steps) > 0.01:
-        suits = 1 - float(f"{1 - 0.001 ** (1 / training.max_steps):.0e}")
-        yield Advice(
-            "EMA too slow",
-            f"the EMA is too slow for {training.max_steps:,} steps: {left:.0%} of it will be "
-            f"initial weights; lower training.ema_decay ({training.ema_decay}) to {suits:.6g}",
-        )
-    epochs = training.max_steps * training.batch_size / count
-    if epochs >= 1000 and count < 10_000:
-        yield Advice(
-            "epochs",
-            f"each of {count:,} images is seen {epochs:,.0f} times, which learns them by heart; "
-            f"get more, or lower training.max_steps ({training.max_steps:,})",
-        )
+        text = f"{flat:.0%} of the images are nearly of one color: see"
+        yield Advice("flat", f"{text} `python dataset.py CONFIG`")
+    if (left := training.ema_decay**steps) > 0.01:
+        suits = 1 - float(f"{1 - 0.001 ** (1 / steps):.0e}")
+        text = f"the EMA is too slow for {steps:,} steps: {left:.0%} of it will be initial weights"
+        hint = f"lower training.ema_decay ({training.ema_decay}) to {suits:.6g}"
+        yield Advice("EMA too slow", f"{text}; {hint}")
+    if (epochs := steps * training.batch_size / count) >= 1000 and count < 10_000:
+        text = f"each of {count:,} images is seen {epochs:,.0f} times, enough to memorise them"
+        yield Advice("epochs", f"{text}; get more, or lower training.max_steps ({steps:,})")
 
 
 # ---- a model's health at once
 
 
 class Checkup(NamedTuple):
-    """What is measured of a model, and said about it."""
+    """A model's lines, its pairs, and the verdict."""
 
     lines: dict[str, np.ndarray]  # error of eps by bin of t
     pairs: dict[str, list[Pairs]]  # by pixels and by features: of samples, of validation images
     health: Health
+    sampled: dict[str, int]  # how many training images are behind the yardsticks
     timesteps: int  # T
 
     def facts(self) -> dict[str, Any]:
         """Return all numbers and words, as JSON: losses over all t, then by its quarters."""
         return {
-            "losses": {name: by_quarter(line, self.timesteps) for name, line in self.lines.items()},
+            "losses": {
+                name: [None if math.isnan(x) else x for x in by_quarter(line, self.timesteps)]
+                for name, line in self.lines.items()
+            },
             "copies": {
                 name: [(found.copies, len(found.rows)) for found in several]
                 for name, several in self.pairs.items()
             },
+            "training images": self.sampled,
             "summary": self.health.summary(),
             "advice": {advice.kind: advice.text for advice in self.health.advice()},
         }
@@ -354,36 +350,49 @@ def check_up(
     probes: dict[str, Probe],
     yardsticks: Yardsticks,
     samples: Tensor,
-    extract: Callable[[Tensor], Tensor] | None = None,
-    features: str = "the network's features",
+    extractor: Extractor | None = None,
 ) -> Checkup:
     """Look for copies among samples, uint8 [N, C, H, W], and put everything together.
 
-    `extract` is uint8 [B, C, H, W] -> [B, D]; None is `network_features`.
+    Features are the extractor's, or the network's own.
     """
     config, diffusion, T = model.config, model.diffusion, model.diffusion.timesteps
     train, flips, distinct = images["train"], config.dataset.random_flip, yardsticks.distinct
     queries = [samples, *(p.images for split, p in probes.items() if split == "validation")]
-    pairs = {}
-    if len(distinct) > 1:
-        pairs["pixels"] = [find_pairs(q, train, distinct, flips, model.device) for q in queries]
-        by_features = find_pairs_by_features
-        pairs[features] = by_features(queries, train, distinct, extract or network_features(model))
-    lines = {"untrained": np.ones(len(bin_edges(T)) - 1)}
+    name, extract = features_of(model, extractor)
+    some = distinct[spread(KEPT, len(distinct))]
+    pairs = {
+        "pixels": [find_pairs(q, train, distinct, flips, model.device) for q in queries],
+        name: find_pairs_by_features(queries, train, some, flips, extract),
+    }
     alpha_bar = diffusion.alpha_bar(probes["train"].t).numpy()
+    lines = {"untrained": np.ones(len(bin_edges(T)) - 1)}
     lines["best linear"] = yardsticks.linear(alpha_bar).mean(axis=1)
-    for split, line in zip(SPLITS, yardsticks.memoriser, strict=True):
+    words = {"train": "training", "validation": "validation"}
+    for split, line in zip(words, yardsticks.memoriser, strict=True):
         if split in probes:
-            lines[f"memoriser, {SPLITS[split]}"] = line
-    lines |= {f"{NAMES[w]}, {SPLITS[s]}": line.numpy() for (w, s), line in losses.items()}
-    found = [(some.copies, len(some.rows)) for some in pairs.get("pixels", [])]
+            lines[f"memoriser, {words[split]}"] = line
+    lines |= {f"{WEIGHTS[w]}, {words[s]}": line.numpy() for (w, s), line in losses.items()}
+    found = [(some.copies, len(some.rows)) for some in pairs["pixels"]]
+    before = [*advice_before(config, diffusion, yardsticks, len(train))]
     health = Health(
         config=config,
         step=model.step,
         losses={kind: by_quarter(line.numpy(), T)[0] for kind, line in losses.items()},
         linear=by_quarter(lines["best linear"], T)[0],
-        copies=found[0] if found else (0, 0),
+        few=bool(yardsticks.few),
+        copies=found[0],
         validation_copies=found[1] if len(found) > 1 else (0, 0),
-        before=[*advice_before(config, diffusion, yardsticks, len(train))],
+        searched=searched_in(yardsticks, len(train)),
+        # files of others do not say how they were trained
+        before=[a for a in before if model.step or a.kind not in ("EMA too slow", "epochs")],
     )
-    return Checkup(lines, pairs, health, T)
+    kinds = "best linear", "memoriser", "copies", "features"
+    counts = [*yardsticks.sampled.tolist(), len(some)]
+    return Checkup(lines, pairs, health, dict(zip(kinds, counts, strict=True)), T)
+
+
+def searched_in(yardsticks: Yardsticks, count: int) -> str:
+    """Return where copies are looked for, for people; nothing where it is everywhere."""
+    searched = int(yardsticks.sampled[2])
+    return f" (among {searched:,} of {count:,} training images)" if searched < count else ""

@@ -21,7 +21,7 @@ from evaluation.classes import (
     rows_by_label,
 )
 from evaluation.extractor import INCEPTION, Extractor, load_extractor
-from evaluation.health import SAMPLED, both_weights, take_probes
+from evaluation.health import SAMPLED, both_weights, make_probes
 from evaluation.likelihood import bound_times
 from evaluation.metrics import KEPT, Statistics, Tally, load_statistics, spread
 from evaluation.yardsticks import Probe
@@ -149,7 +149,7 @@ class Plan:
             if guide := options.sampling.get("guide"):
                 self.guide = load_model(guide, options.weights)
             drawn = {"class_label": labels} if (labels := [*filter(None, weights)]) else {}
-            if self.wanted == {"health"}:
+            if "health" in self.wanted and self.wanted <= {"health", "nll"}:
                 there = SAMPLED
                 if not options.sampling.keys() & SamplingConfig.model_fields:
                     drawn |= quick_settings(self.model.diffusion)
@@ -304,12 +304,12 @@ class Plan:
     def _prepare_health(self, model: Model) -> None:
         self.models = both_weights(self.options.source, model)
         flips = model.config.dataset.random_flip
-        self.probes = take_probes(self.data, model.diffusion, flips)
+        self.probes = make_probes(self.data, model.diffusion, flips)
         self.kept = torch.zeros(min(SAMPLED, self.count), *self.shape, dtype=torch.uint8)
         self.recipe["health"] = {
             "features": self.extractor.name if self.extractor else "the network's",
-            **{f"{split} images": len(probe.images) for split, probe in self.probes.items()},
-            "copies of": len(self.kept),
+            "samples": len(self.kept),
+            "data": {split: self.data[split].fingerprint() for split in self.probes},
         }
 
     # ---- beside the paper
@@ -324,8 +324,6 @@ class Plan:
     def departures(self) -> list[str]:
         """Return where this is not how the paper measures, in words."""
         found, extractor, reference = [], self.extractor, self.options.reference
-        if self.metrics == ["health"]:
-            return []
         if extractor and self.count != 50_000:
             found.append(f"{self.count:,} images, not 50,000")
         if extractor and not extractor.is_literature:
@@ -343,9 +341,9 @@ class Plan:
             )
             if extractor and (sampler, steps) != ("ddpm", T):
                 found.append(f"{sampler} of {steps} steps, not ddpm of {T:,}")
-            if self.recipe.get("labels"):
+            if extractor and self.recipe.get("labels"):
                 found.append("images of chosen classes, and the paper's model knows none")
-            if scale := self.recipe.get("guidance_scale"):
+            if extractor and (scale := self.recipe.get("guidance_scale")):
                 found.append(f"guidance {scale:g}")
             if self.model.weights != "ema":
                 found.append("raw weights, not the EMA")

@@ -30,7 +30,7 @@ from evaluation.classes import (
 from evaluation.distributed import Advance, Ranks, read, reference_statistics
 from evaluation.health import Checkup, check_up, losses_of
 from evaluation.likelihood import Bound, bits_per_dim, likelihood_scores
-from evaluation.metrics import Score, Statistics, compute, save_arrays, spread
+from evaluation.metrics import KEPT, Score, Statistics, compute, save_arrays, spread
 from evaluation.protocol import Options, Plan
 from evaluation.yardsticks import bin_edges, get_yardsticks
 from files import atomic_write
@@ -210,13 +210,9 @@ class Measurement(Plan):
         )  # fmt: skip
         ranks.add_up(self.kept, *losses.values())
         if yardsticks:
-            extract, name = None, "the network's features"
-            if extractor := self.extractor:
-                name = f"features of {extractor.name}"
-                extract = lambda some: extractor(some.to(ranks.device))[0].float().cpu()
             self.checkup = check_up(
                 model, losses, images=self.data, probes=self.probes, yardsticks=yardsticks,
-                samples=self.kept, extract=extract, features=name,
+                samples=self.kept, extractor=self.extractor,
             )  # fmt: skip
 
     def _measure_likelihood(self, model: Model, ranks: Ranks, advance: Advance) -> Bound:
@@ -263,6 +259,8 @@ class Measurement(Plan):
             looked_at = sum(probe.t.numel() for probe in self.probes.values())
             calls = share(looked_at * len(self.models))
             total += calls * call
+            if not self.extractor:  # the network's own features
+                calls += math.ceil(min(KEPT, len(self.data["train"])) / 256)
             said.append(f"{calls:,} calls for the health")
         if "nll" in self.metrics:
             calls = share(len(self.nll_rows) * len(self.nll_times))
@@ -357,8 +355,10 @@ class Measurement(Plan):
         facts, say = checkup.facts(), self.console.print
         table = Table("loss (error of eps)", "all t", *(f"{i} of 4" for i in range(1, 5)))
         for name, values in facts["losses"].items():
-            table.add_row(name, *("" if math.isnan(x) else f"{x:.4g}" for x in values))
+            table.add_row(name, *("" if x is None else f"{x:.4g}" for x in values))
         say(table)
+        behind = ", ".join(f"{kind} {n:,}" for kind, n in facts["training images"].items())
+        say(f"training images looked at: {behind}")
         for name, (found, *others) in facts["copies"].items():
             beside = f"; of validation images {others[0][0]} of {others[0][1]}" if others else ""
             say(f"copies of training images by {name}: {found[0]} of {found[1]} samples{beside}")

@@ -1,11 +1,11 @@
-"""What a dataset says of a diffusion model's loss before there is a model, kept with the data.
+"""Yardsticks for a diffusion model's loss that follow from its data alone, and are kept with them.
 
 The loss here is always the plain error of eps: the mean over pixels of (eps - eps_hat)^2, which is
 1 untrained. With a = alpha_bar_t, and x_0 from a dataset of N images with D values each:
 
 - The best linear denoiser of x_t (the Wiener filter) has L_t = 1/D sum_i a l_i / (a l_i + 1 - a),
-  l_i the eigenvalues of the dataset's covariance. Who lies above has learned less than that.
-- The memoriser answers the posterior mean over the training set itself, E[x_0 | x_t] = sum w_i x_i
+  l_i the eigenvalues of the dataset's covariance. A model above it has learned less than that.
+- The memoriser predicts the posterior mean over the training set itself, E[x_0 | x_t] = sum w_i x_i
   with w the softmax over i of -|x_t - sqrt(a) x_i|^2 / (2 (1 - a)): the best on images that it
   knows, and worse than nothing on others.
 
@@ -23,22 +23,30 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from dataset import Images
 from diffusion_utils import GaussianDiffusion
 from evaluation.metrics import save_arrays, spread
+from model import exact_float32
 
 BINS = 20  # of t
-PROBED = 256  # images of each split
+PROBED = 256  # images of each split, unless they are huge
 BLOCK = 256  # as many squares of a byte add up exactly in float32
 WIDEST = 4096  # matrix whose eigenvalues are computed
-# values of a sample, which bound the time: of the spectrum, the memoriser, the search for copies
-SPECTRUM_VALUES, MEMORISER_VALUES, COPIES_VALUES = 2 * 10**8, 6 * 10**7, 2 * 10**9
+# values of a sample, which bound time and memory
+PROBED_VALUES, MEMORISER_VALUES, SPECTRUM_VALUES, COPIES_VALUES = (
+    10**8,
+    6 * 10**7,
+    2 * 10**8,
+    6 * 10**9,
+)
 COPY = 1 / 3  # distance to the nearest training image over that to the second nearest
+COARSE = 64  # pixels of a side that are enough to know a copy
 
 
 class Probe(NamedTuple):
-    """Q images of a split, each with one noise and one t of every bin: what all lines are of."""
+    """Q images of a split, each with one noise and one t of every bin, to measure all lines on."""
 
     images: Tensor  # uint8 [Q, C, H, W]
     labels: Tensor | None  # [Q, classes]
@@ -46,9 +54,9 @@ class Probe(NamedTuple):
     eps: Tensor  # [Q, C, H, W]
 
 
-def take_probe(images: Images, timesteps: int) -> Probe:
+def make_probe(images: Images, timesteps: int) -> Probe:
     """Return evenly spaced images with noise; over them a bin's t are as even."""
-    batch = images[spread(PROBED, len(images))]
+    batch = images[spread(probed(images), len(images))]
     edges = bin_edges(timesteps)
     u = np.arange(len(batch.images)) * 0.6180339887498949 % 1
     t = edges[:-1, None] + np.diff(edges)[:, None] * u
@@ -56,15 +64,21 @@ def take_probe(images: Images, timesteps: int) -> Probe:
     return Probe(batch.images, batch.labels, torch.from_numpy(t.astype(int)), eps)
 
 
+def probed(images: Images) -> int:
+    """Return how many images a probe has."""
+    return min(PROBED, max(16, PROBED_VALUES // math.prod(images.shape)))
+
+
 def bin_edges(timesteps: int) -> np.ndarray:
     """Return where the bins of t begin, and T."""
-    return np.linspace(0, timesteps, min(BINS, timesteps) + 1).round().astype(int)
+    bins = min(BINS, timesteps)
+    return -(-np.arange(bins + 1) * timesteps // bins)
 
 
 def by_quarter(line: np.ndarray, timesteps: int) -> list[float]:
     """Return the mean over t of a line [bins], then those over each quarter of t."""
     edges = bin_edges(timesteps)
-    widths, quarter = np.diff(edges), (edges[1:] + edges[:-1]) * 2 // timesteps
+    widths, quarter = np.diff(edges), edges[:-1] * 4 // timesteps
     parts = [np.ones(len(line), bool), *(quarter == i for i in range(4))]
     return [
         float(np.average(line[part], weights=widths[part])) if part.any() else math.nan
@@ -181,28 +195,26 @@ def memoriser_loss(
     """
     if flips:
         known = np.concatenate([known, known[..., ::-1]])
-    x = torch.from_numpy(known.reshape(len(known), -1).copy()).float()
-    x_0, eps = probe.images.flatten(1), probe.eps.flatten(1).double()
-    squares = torch.empty(len(x_0), len(x), dtype=torch.float64)
-    along = torch.empty_like(squares)
-    for columns in torch.arange(len(x)).split(4096):
-        some = x[columns].double()
-        squares[:, columns] = square_distances(x_0, some)
-        along[:, columns] = (eps * x_0).sum(1, keepdim=True) - eps @ some.T
+    x = torch.from_numpy(known).flatten(1).float()
+    x_0, eps = probe.images.flatten(1).double(), probe.eps.flatten(1).double()
+    parts = [part.double() for part in x.split(2048)]
+    squares = torch.cat([square_distances(x_0, part) for part in parts], dim=1)
+    along = (eps * x_0).sum(1, keepdim=True) - torch.cat([eps @ part.T for part in parts], dim=1)
+    del parts
     alpha_bar = diffusion.alpha_bar(probe.t)
     line = []
     for a in alpha_bar[:, :, None]:
         snr = a / (1 - a)
         logits = -snr * squares / (2 * 127.5**2) - snr.sqrt() * along / 127.5
-        error = logits.softmax(dim=1).float() @ x - x_0
+        error = logits.softmax(dim=1).float() @ x - x_0.float()
         line.append((snr[:, 0] * error.double().square().mean(1)).mean() / 127.5**2)
     return torch.stack(line).numpy()
 
 
 def square_distances(queries: Tensor, others: Tensor) -> Tensor:
-    """Return |q - o|^2, [Q, N] float64, exact where they hold whole numbers; [Q, D], [N, D]."""
-    q, o = queries.double(), others.double()
-    return (q.square().sum(1, keepdim=True) + o.square().sum(1) - 2 * q @ o.T).clamp(min=0)
+    """Return |q - o|^2, [Q, N], of [Q, D] and [N, D]; exact for bytes in float64."""
+    squares = queries.square().sum(1, keepdim=True) + others.square().sum(1)
+    return torch.addmm(squares, queries, others.T, alpha=-2).clamp(min=0)
 
 
 # ---- copies
@@ -215,10 +227,11 @@ def nearest(queries: list[Tensor], others: Iterable[Tensor], count: int) -> tupl
         queries: [Q, D] each: several views of the same Q, of which the nearest counts.
         others: [B, D] each, one after the other.
     """
-    best = queries[0].new_empty(len(queries[0]), 0, dtype=torch.float64)
+    best = queries[0].new_empty(len(queries[0]), 0)
     places, seen = best.long(), 0
     for part in others:
-        distance = torch.stack([square_distances(view, part) for view in queries]).amin(0)
+        with exact_float32():
+            distance = torch.stack([square_distances(view, part) for view in queries]).amin(0)
         best = torch.cat([best, distance], dim=1)
         here = torch.arange(seen, seen + len(part), device=best.device)
         places = torch.cat([places, here.expand_as(distance)], dim=1)
@@ -235,7 +248,9 @@ class Pairs(NamedTuple):
 
     @property
     def ratio(self) -> Tensor:
-        """The distance to the nearest over that to the second, [Q]; 1 where both are 0."""
+        """The distance to the nearest over that to the second, [Q]; 1 where there is no second."""
+        if self.distance.shape[1] < 2:
+            return torch.ones(len(self.distance))
         return (self.distance[:, 0] / self.distance[:, 1]).nan_to_num(1.0)
 
     @property
@@ -252,15 +267,22 @@ def find_pairs(
     device: torch.device,
     *,
     count: int = 2,
+    coarse: int = COARSE,
 ) -> Pairs:
-    """Return the nearest of the training images `rows` to uint8 images [Q, C, H, W], by pixels."""
-    place = torch.device("cpu") if device.type == "mps" else device  # it has no float64
-    views = [queries, queries.flip(-1)] if flips else [queries]
-    views = [view.flatten(1).to(place) for view in views]
-    size = max(1, 10**7 // math.prod(train.shape))
+    """Return the nearest of the training images `rows` to uint8 images [Q, C, H, W], by pixels.
+
+    Larger ones are brought down towards `coarse` pixels a side; distances are of levels.
+    """
+    shrink = max(1, min(train.shape[1:]) // coarse)
+
+    def flat(images: Tensor) -> Tensor:
+        x = images.to(device).float() - 128  # nearer to 0: products are exact up to 1,024 values
+        return shrink * avg_pool2d(x, shrink).flatten(1)
+
+    views = [flat(view) for view in ((queries, queries.flip(-1)) if flips else (queries,))]
+    size = max(1, 10**8 // math.prod(train.shape))
     batches = (rows[i : i + size].tolist() for i in range(0, len(rows), size))
-    others = (train[batch].images.flatten(1).to(place) for batch in batches)
-    distance, places = nearest(views, others, count)
+    distance, places = nearest(views, (flat(train[some].images) for some in batches), count)
     return Pairs(distance, torch.from_numpy(rows)[places])
 
 
@@ -268,7 +290,7 @@ def find_pairs(
 
 
 class Yardsticks(NamedTuple):
-    """What a dataset and a process say about a model's loss, as arrays."""
+    """All that is measured of a dataset for a process, as arrays."""
 
     spectrum: np.ndarray  # [D], see Spectrum
     least: np.ndarray
@@ -277,17 +299,24 @@ class Yardsticks(NamedTuple):
     validation_copies: np.ndarray  # [2]: how many of how many validation images look like copies
     levels: np.ndarray  # [2]: the lowest and the highest in use, of 0 ... 255
     flat: np.ndarray  # share of images that are nearly of one color
-    sampled: np.ndarray  # [3]: images behind spectrum, memoriser, copies
+    sampled: np.ndarray  # [3]: training images behind spectrum, memoriser, copies
+    few: np.ndarray  # whether the spectrum is of so few images that it knows them by heart
 
     def linear(self, alpha_bar: np.ndarray) -> np.ndarray:
         """Return the best linear denoiser's error of eps."""
         return linear_loss(self.spectrum, alpha_bar)
 
+    def uncertain(self, alpha_bar: np.ndarray) -> str:
+        """Return by how much its mean may be too high, for people; nothing where it is exact."""
+        if np.array_equal(self.spectrum, self.least):
+            return ""
+        return f" (at least {linear_loss(self.least, alpha_bar).mean():.3g})"
+
 
 def memoriser_set(train: Images, flips: bool) -> Images:
     """Return the training images that the memoriser knows: all, or a sample."""
     most = MEMORISER_VALUES // math.prod(train.shape) // (1 + flips)
-    return train.of(np.array(spread(max(PROBED, min(most, 50_000)), len(train))))
+    return train.of(np.array(spread(max(probed(train), min(most, 50_000)), len(train))))
 
 
 def get_yardsticks(
@@ -300,13 +329,13 @@ def get_yardsticks(
 ) -> Yardsticks:
     """Return the yardsticks of a dataset by split, from `cache` where they have been measured."""
     prints = [images[split].fingerprint() for split in ("train", "validation")]
-    key = ["1", *prints, flips, hashlib.sha256(diffusion.betas.tobytes()).hexdigest()]
+    key = ["2", *prints, flips, hashlib.sha256(diffusion.betas.tobytes()).hexdigest()]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = cache / f"yardsticks-{name}.npz"
     if path.exists():
         with suppress(Exception), np.load(path, allow_pickle=False) as file:  # damaged: once more
             return Yardsticks(**{field: file[field] for field in Yardsticks._fields})
-    say("measuring the yardsticks of these images: once, up to a minute")
+    say("measuring the yardsticks of these images, once: up to a minute")
     found = measure_yardsticks(images, diffusion, flips)
     with suppress(OSError):  # then the next run measures again
         save_arrays(path, **found._asdict())
@@ -320,16 +349,18 @@ def measure_yardsticks(
     spectrum, known = measure_spectrum(train, flips), memoriser_set(train, flips)
     pixels = known[list(range(len(known)))].images.numpy()
     lines = [
-        memoriser_loss(pixels, take_probe(some, T), diffusion, flips)
+        memoriser_loss(pixels, make_probe(some, T), diffusion, flips)
         if len(some)
         else np.full(len(bin_edges(T)) - 1, np.nan)
         for some in (known, validation)
     ]
-    distinct, levels, flat, looked_at = look_at(train, flips)
-    queries, copies = spread(PROBED, len(validation)), 0
-    if queries and len(distinct) > 1:
+    distinct, levels, flat, searched = survey(train, flips)
+    queries, copies = spread(probed(train), len(validation)), 0
+    if queries:
         cpu = torch.device("cpu")
         copies = find_pairs(validation[queries].images, train, distinct, flips, cpu).copies
+    exact = np.array_equal(spectrum.values, spectrum.least)
+    few = exact and spectrum.images * (1 + flips) < 2 * math.prod(train.shape)
     return Yardsticks(
         spectrum.values,
         spectrum.least,
@@ -338,19 +369,25 @@ def measure_yardsticks(
         np.array([copies, len(queries)]),
         levels,
         np.array(flat),
-        np.array([spectrum.images, len(known), looked_at]),
+        np.array([spectrum.images, len(known), searched]),
+        np.array(few),
     )
 
 
-def look_at(train: Images, flips: bool) -> tuple[np.ndarray, np.ndarray, float, int]:
+def survey(train: Images, flips: bool) -> tuple[np.ndarray, np.ndarray, float, int]:
     """Return distinct rows, levels in use, the share of flat images, and of how many that is."""
+    channels, height, width = train.shape
     rows = spread(COPIES_VALUES // math.prod(train.shape), len(train))
-    seen, distinct, used, flat = set[bytes](), list[int](), np.zeros(256, int), 0
-    for start in range(0, len(rows), BLOCK):
+    seen, distinct, used, flat, looked_at = set[bytes](), list[int](), np.zeros(256, int), 0, 0
+    colors = {2: 1, 4: 3}.get(channels, channels)  # alpha aside
+    every = max(1, len(rows) * channels * height * width // SPECTRUM_VALUES)  # such block's levels
+    for i, start in enumerate(range(0, len(rows), BLOCK)):
         some = rows[start : start + BLOCK]
         block = train[some].images.numpy()
-        used += np.bincount(block.ravel(), minlength=256)
-        flat += int((np.ptp(block.reshape(len(block), -1), axis=1) < 8).sum())
+        if i % every == 0:
+            color, looked_at = block[:, :colors], looked_at + len(block)
+            used += np.bincount(color.ravel(), minlength=256)
+            flat += int((np.ptp(color, axis=(2, 3)) < 8).all(1).sum())
         for row, image in zip(some, block, strict=True):
             views = (image, image[..., ::-1]) if flips else (image,)
             digest = min(hashlib.blake2b(v.tobytes(), digest_size=16).digest() for v in views)
@@ -359,4 +396,4 @@ def look_at(train: Images, flips: bool) -> tuple[np.ndarray, np.ndarray, float, 
                 distinct.append(row)
     # a few stray pixels do not count
     levels = np.searchsorted(used.cumsum() / used.sum(), [5e-4, 1 - 5e-4])
-    return np.array(distinct), levels, flat / len(rows), len(rows)
+    return np.array(distinct), levels, flat / looked_at, len(rows)

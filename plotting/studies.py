@@ -15,15 +15,15 @@ from torch import Tensor
 from dataset import Images, fit_image, load_images
 from diffusion_utils import Denoiser, Step, from_uint8, reverse, to_uint8
 from evaluation.classes import assign_labels, count_labels, rows_by_label
-from evaluation.extractor import load_extractor
+from evaluation.extractor import Extractor, load_extractor
 from evaluation.health import (
     SAMPLED,
     both_weights,
     check_up,
+    features_of,
     find_pairs_by_features,
     losses_of,
-    network_features,
-    take_probes,
+    make_probes,
 )
 from evaluation.likelihood import Bound, bits_per_dim
 from evaluation.metrics import spread
@@ -60,6 +60,10 @@ class Study:
     @cached_property
     def denoiser(self) -> Denoiser:
         return self.plan.denoiser(self.plan.labels[0])
+
+    @property
+    def loaded_extractor(self) -> Extractor | None:
+        return load_extractor(self.extractor).to(self.model.device) if self.extractor else None
 
     @property
     def run(self) -> str:
@@ -232,21 +236,6 @@ def load_pairs(study: Study) -> Tensor:
 # ---- neighbours
 
 
-def extractor_of(study: Study) -> Callable[[Tensor], Tensor]:
-    """Return uint8 [B, C, H, W] -> [B, D] on the CPU: the chosen extractor's, or the network's."""
-    if not study.extractor:
-        return network_features(study.model)
-    extractor = load_extractor(study.extractor).to(study.model.device)
-    return lambda images: extractor(images.to(study.model.device))[0].float().cpu()
-
-
-def features_name(study: Study) -> str:
-    """Return whose features are compared, for people."""
-    return (
-        f"features of {Path(study.extractor).name}" if study.extractor else "the U-Net's features"
-    )
-
-
 @torch.inference_mode()
 def draw_neighbours(study: Study, output: Path) -> None:
     model, (train, validation) = study.model, study.split()
@@ -257,9 +246,10 @@ def draw_neighbours(study: Study, output: Path) -> None:
     drawn = torch.cat([images for _, images in samples])
     others = validation[spread(64, len(validation))].images
     queries = torch.cat([drawn, others])
-    pixels = find_pairs(queries, train, rows, False, model.device, count=across)
+    pixels = find_pairs(queries, train, rows, False, model.device, count=across, coarse=10**6)
+    name, extract = features_of(model, study.loaded_extractor)
     (features,) = find_pairs_by_features(
-        [drawn], train, rows, extractor_of(study), count=across, track=study.track
+        [drawn], train, rows, False, extract, count=across, track=study.track
     )
     neighbours = torch.cat([pixels.rows[: len(drawn)], features.rows], dim=1).tolist()
     rmse = pixels.distance[:, 0] / math.sqrt(math.prod(model.shape))
@@ -273,7 +263,7 @@ def draw_neighbours(study: Study, output: Path) -> None:
         headings=[
             ("sample", 0, 0),
             ("nearest in pixels", 1, across),
-            (f"nearest in {features_name(study)}", across + 1, 2 * across),
+            (f"nearest in {name}", across + 1, 2 * across),
         ],
         column_gaps=[1, across + 1],
     )
@@ -290,7 +280,7 @@ def draw_health(study: Study, output: Path) -> None:
     how: dict[str, Any] = {"flips": data.random_flip, "cache": Path(data.cache), "say": print}
     yardsticks = get_yardsticks(images, model.diffusion, **how)
     models = both_weights(study.recipe["checkpoint"], model)
-    probes = take_probes(images, model.diffusion, data.random_flip)
+    probes = make_probes(images, model.diffusion, data.random_flip)
     losses = losses_of(models, probes, device=device, batch_size=study.batch_size)
     seeds, drawn = study.seeds(SAMPLED), []
     for label, rows in assign_labels(len(seeds), count_labels(train)).items():
@@ -300,7 +290,7 @@ def draw_health(study: Study, output: Path) -> None:
     samples = torch.cat(drawn)
     checkup = check_up(
         model, losses, images=images, probes=probes, yardsticks=yardsticks, samples=samples,
-        extract=extractor_of(study), features=features_name(study),
+        extractor=study.loaded_extractor,
     )  # fmt: skip
     nearest = checkup.pairs.get("pixels", [])[:1]
     shown = [row for pairs in nearest for row in pairs.ratio.argsort()[:8].tolist()]

@@ -39,7 +39,7 @@ class Checkpoints(pl.Callback):
     files of later ones are set aside, so that the newest is always the run's own. `best.ckpt` is
     that of the lowest score that `training.keep_best` names.
 
-    Each checkpoint holds the best scores so far and the steps at which they were last measured.
+    Each checkpoint holds the lowest scores so far and the steps at which they were last measured.
     What a stop has left out is measured when the run goes on, so that a stop changes none of it.
     """
 
@@ -48,7 +48,8 @@ class Checkpoints(pl.Callback):
         self.last, self.began, self._received = last, False, 0
         self._handlers: dict[int, Any] = {}
         self._hosts: Any = None
-        self.best: dict[str, tuple[float, int]] = {}  # by score: the lowest, and its step
+        self.lowest: dict[str, tuple[float, int]] = {}  # by score: its value and step
+        self.kept = "", math.inf  # name and score of best.ckpt
         self.measured: dict[str, int] = {}  # by kind: "validation" or "evaluation"
 
     @classmethod
@@ -57,22 +58,28 @@ class Checkpoints(pl.Callback):
         return next(c for c in trainer.callbacks if isinstance(c, cls))  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": dict(self.best), "measured": dict(self.measured)}
+        return {"lowest": {**self.lowest}, "kept": self.kept, "measured": {**self.measured}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.measured = state_dict["best"], state_dict["measured"]
+        self.lowest, self.kept = state_dict["lowest"], tuple(state_dict["kept"])
+        self.measured = state_dict["measured"]
 
-    def hear(self, trainer: pl.Trainer, kind: str, scores: dict[str, float]) -> None:
-        """Note what all ranks have measured; keep the checkpoint if it is the best so far."""
+    def record(
+        self, trainer: pl.Trainer, kind: str, scores: dict[str, float], how: str = ""
+    ) -> None:
+        """Note the scores, the same on all ranks, and keep the checkpoint if it is the best.
+
+        Args:
+            kind: "validation" or "evaluation". how: scores are compared with those measured so.
+        """
         step, chosen = trainer.global_step, self.config.training.keep_best
         self.measured[kind] = step
-        better = {
-            name: (value, step)
-            for name, value in scores.items()
-            if value < self.best.get(name, (math.inf, 0))[0]
-        }
-        self.best |= better
-        if chosen in better:
+        for name, value in scores.items():
+            if value < self.lowest.get(name, (math.inf, 0))[0]:
+                self.lowest[name] = value, step
+        name, value = f"{chosen} {how}", scores.get(chosen or "", math.inf)
+        if value < (self.kept[1] if name == self.kept[0] else math.inf):
+            self.kept = name, value
             trainer.save_checkpoint(self.folder / "best.ckpt")
 
     def missed(self, kind: str, every: int, step: int) -> bool:
@@ -134,8 +141,10 @@ class Checkpoints(pl.Callback):
                 if path.name > here.name:
                     names = (path.with_name(f"{path.name}.aside{n}") for n in chain([""], count(2)))
                     print(f"set aside: {path.rename(next(p for p in names if not p.exists()))}")
-            if here.exists():
-                point_last_to(here)
+            if steps := saved_steps(self.folder):  # it may go on from another file
+                point_last_to(steps[-1])
+            elif self.last:
+                remove(self.folder / "last.ckpt")
             for leftover in self.folder.glob(".*.tmp"):
                 remove(leftover)
 
@@ -160,19 +169,18 @@ class Checkpoints(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         step, every = trainer.global_step, self.config.logging.save_every
         due = step == trainer.max_steps or bool(every and step % every == 0)
-        self._save(trainer, self.signalled(), due)
+        self.save(trainer, self.signalled(), due)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if not self._hosts:  # several ranks wait for the next step
-            self._save(trainer, self._received)
+            self.save(trainer, self._received)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, DDPM)
-        found = {split: mean for (kind, split), (mean, *_) in module.validated.items()
-                 if kind == "ema"}  # fmt: skip
-        self.hear(trainer, "validation", found)
+        means = module.validation_means.get(("ema", "validation"))
+        self.record(trainer, "validation", {"validation": means[0]} if means else {})
 
-    def _save(self, trainer: pl.Trainer, signum: int, due: bool = False) -> None:
+    def save(self, trainer: pl.Trainer, signum: int, due: bool = False) -> None:
         """Save where that is due or a signal has come, which then ends training."""
         if not (signum or due):
             return

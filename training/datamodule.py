@@ -20,7 +20,7 @@ class ImageData(pl.LightningDataModule):
     """A run's `images`, {"train": ..., "validation": ...}, in batches of the global batch."""
 
     images: dict[str, Images]
-    validated: list[str]  # splits whose losses are measured, in the order of their loaders
+    measured_splits: list[str]  # splits whose losses are measured, in the order of their loaders
 
     def __init__(self, config: Config):
         super().__init__()
@@ -48,7 +48,7 @@ class ImageData(pl.LightningDataModule):
         return train_batches(self.images["train"], self.config, trainer.global_step, **ranks)
 
     def val_dataloader(self) -> list[DataLoader]:
-        """Return this rank's batches, at least an empty one, of each split in `validated`.
+        """Return this rank's batches, at least an empty one, of each of `measured_splits`.
 
         Those are the validation images, if there are any, and as many training images.
         """
@@ -56,9 +56,9 @@ class ImageData(pl.LightningDataModule):
         train, validation = self.images["train"], self.images["validation"]
         some = np.linspace(0, len(train) - 1, min(len(train), len(validation) or 1000))
         parts = {"validation": validation, "train": train.of(some.round().astype(int))}
-        self.validated = [split for split, images in parts.items() if len(images)]
+        self.measured_splits = [split for split, images in parts.items() if len(images)]
         loaders, size = [], self.config.training.batch_size
-        for split in self.validated:
+        for split in self.measured_splits:
             rows = range(len(parts[split]))
             batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
             # every rank takes part, and waits for none

@@ -22,7 +22,12 @@ class Monitor(pl.Callback):
     def __init__(self, config: Config, run: Path, console: Console):
         self.config, self.run, self.console = config, run, console
         self.bar: Progress | None = None
-        self.shares: dict[str, float] = {}  # of the steps last logged: skipped, clipped
+        self.shares = {"skipped": 0.0, "clipped": 0.0}  # of the steps last logged
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> "Monitor":
+        """Return a trainer's."""
+        return next(c for c in trainer.callbacks if isinstance(c, cls))  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, DDPM)

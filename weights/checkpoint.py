@@ -128,7 +128,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
     It names those passed over, and repairs a last.ckpt that is behind. FileNotFoundError: none.
     """
     folder = run / "checkpoints"
-    for path in [*reversed(saved_steps(folder)), folder / "last.ckpt"]:
+    for path in [*reversed(saved_steps(folder)), folder / "last.ckpt", folder / "best.ckpt"]:
         try:
             checkpoint = read_checkpoint(path)
         except FileNotFoundError:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import evaluate
 from config import to_yaml
 from dataset import Images, with_classes
-from evaluation.callback import Evaluation
+from evaluation.callback import Evaluation, draw_together
 from evaluation.classes import (
     Labelled,
     apportion,
@@ -361,9 +361,8 @@ def test_evaluation_while_training_draws_labels(place, tmp_path):
     assert [event.step for event in events.Scalars(tag)] == [3, 6]
     # as evaluate.py measures the same images
     model, told = other[0], 0
-    for batch, drawn in evaluation._batches(model):
-        _, images = next(drawn)
-        label = next(label for label, rows in evaluation.by_label.items() if batch[0] in rows)
+    for seeds, images in draw_together(model.trainer, model, evaluation.ranks, evaluation.by_label):
+        label = next(label for label, rows in evaluation.by_label.items() if seeds[0] in rows)
         told += (evaluation.extractor(images)[1].argmax(1) == int(label)).sum().item()
     assert events.Scalars(tag)[-1].value == pytest.approx(told / 21)
 

@@ -22,10 +22,10 @@ from evaluation.yardsticks import (
     get_yardsticks,
     gram,
     linear_loss,
+    make_probe,
     measure_spectrum,
     memoriser_loss,
     nearest,
-    take_probe,
 )
 from training.datamodule import open_images
 
@@ -145,7 +145,7 @@ def test_the_digits_have_the_known_yardsticks(tmp_path):
 @pytest.mark.parametrize("flips", [False, True])
 def test_the_memoriser_is_the_posterior_mean(flips):
     pixels, diffusion = smooth_pixels(12, 1, 3, 4), process(timesteps=10, schedule="jsd")
-    probe = take_probe(Images(smooth_pixels(5, 1, 3, 4, seed=1)), 10)
+    probe = make_probe(Images(smooth_pixels(5, 1, 3, 4, seed=1)), 10)
     line = memoriser_loss(pixels, probe, diffusion, flips)
     x = torch.from_numpy(mirrored(pixels) if flips else pixels).flatten(1).double() / 127.5 - 1
     x_0, eps = probe.images.flatten(1).double() / 127.5 - 1, probe.eps.flatten(1).double()
@@ -161,7 +161,7 @@ def test_the_memoriser_is_the_posterior_mean(flips):
 
 def test_a_set_of_one_image_is_known_exactly():
     one, diffusion = random_pixels(1, 3, 4, 4), process()
-    assert (memoriser_loss(one, take_probe(Images(one), 1000), diffusion, False) == 0).all()
+    assert (memoriser_loss(one, make_probe(Images(one), 1000), diffusion, False) == 0).all()
     spectrum = measure_spectrum(Images(one), False)
     assert (linear_loss(spectrum.values, np.array([0.5, 0.9])) == 0).all()
 
@@ -172,7 +172,7 @@ def test_a_set_of_one_image_is_known_exactly():
 @pytest.mark.parametrize("timesteps", [1, 3, 20, 1000, 1003])
 def test_probes_see_all_of_t_evenly(timesteps):
     images = Images(random_pixels(200, 1, 4, 4))
-    probe, edges = take_probe(images, timesteps), bin_edges(timesteps)
+    probe, edges = make_probe(images, timesteps), bin_edges(timesteps)
     assert probe.t.shape == (len(edges) - 1, 200)
     assert (probe.t >= torch.from_numpy(edges[:-1, None])).all()
     assert (probe.t < torch.from_numpy(edges[1:, None])).all()
@@ -189,10 +189,10 @@ def test_probes_see_all_of_t_evenly(timesteps):
 
 
 def test_nearest_is_the_sorted_distance_and_an_image_is_nearest_to_itself():
-    others = torch.from_numpy(random_pixels(50, 64))
-    queries = torch.cat([others[[7, 33]], torch.from_numpy(random_pixels(3, 64, seed=1))])
+    others = torch.from_numpy(random_pixels(50, 64)).double()
+    queries = torch.cat([others[[7, 33]], torch.from_numpy(random_pixels(3, 64, seed=1)).double()])
     distance, rows = nearest([queries], others.split(8), 5)
-    expected = (queries[:, None].double() - others).square().sum(-1).sqrt()
+    expected = (queries[:, None] - others).square().sum(-1).sqrt()
     assert torch.equal(distance, expected.sort(dim=1).values[:, :5])
     assert rows[:, 0].tolist() == [7, 33, *expected[2:].argmin(1).tolist()]
     distance, rows = nearest([queries], others[:3].split(2), 5)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dataset import with_classes
 from diffusion_utils import from_uint8, reverse, to_uint8
+from evaluation.health import features_of
 from evaluation.likelihood import Bound, bits_per_dim
 from evaluation.metrics import spread
 from evaluation.yardsticks import nearest
@@ -117,7 +118,7 @@ def test_a_table_cut_off_begins_as_if_it_had_no_past(model):
 
 
 def test_the_network_knows_an_image_again(model):
-    features = studies.extractor_of(study_of(model))
+    _, features = features_of(model, None)
     images = pixels(6, 1, 8, 8)
     whole = features(images)
     assert whole.shape == (6, 16)  # the width of the middle
