@@ -212,6 +212,41 @@ def train(folder, *overrides, resume=None, callbacks=(), ddpm=None):
     return ddpm, trainer.optimizers[0].state_dict()
 
 
+def watched(folder, *overrides, say=None, **how):
+    """Train with all that train.py adds; what is said goes to `say`."""
+    from rich.console import Console
+
+    from dataset import with_classes
+    from evaluation.callback import HealthCheck
+
+    config = with_classes(tiny(f"dataset.cache={folder.parent / 'cache'}", *overrides))
+    console = Console(file=say, width=1000) if say else Console(quiet=True)
+    callbacks = [HealthCheck(config, console)]
+    return train(folder, f"dataset.cache={folder.parent / 'cache'}", *overrides,
+                 callbacks=callbacks, **how)  # fmt: skip
+
+
+def curves(folder):
+    """Return {tag: [(step, value)]} of the validation losses of a TensorBoard folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from pl_utils import VALIDATION_TAGS
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"] if tag in VALIDATION_TAGS}  # fmt: skip
+
+
+def best_of(folder):
+    """Return the step of a run's best.ckpt, the lowest scores so far, and its weights."""
+    from weights import read_checkpoint
+
+    best = read_checkpoint(folder / "checkpoints/best.ckpt")
+    state = best["callbacks"]["Checkpoints"]
+    return best["global_step"], state["lowest"], best["state_dict"]
+
+
 def assert_same(one, two):
     """Compare bit for bit, through nested dicts and lists."""
     assert type(one) is type(two)

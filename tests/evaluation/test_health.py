@@ -9,19 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import PROJECT, assert_same, invoke, start, tiny, train
-from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from helpers import PROJECT, assert_same, best_of, curves, invoke, start, tiny, train, watched
 
-from dataset import with_classes
 from diffusion_utils import GaussianDiffusion, from_uint8
-from evaluation.callback import Evaluation, HealthCheck
 from evaluation.health import Health, advice_before
 from evaluation.yardsticks import get_yardsticks
 from pl_utils import VALIDATE, VALIDATION_TAGS
-from training import Checkpoints
 from training.datamodule import open_images
-from weights import load_model, newest_checkpoint, read_checkpoint
+from weights import load_model
 
 EVERY = "evaluation.validate_every=2"
 
@@ -31,22 +26,6 @@ def place(tmp_path):
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
     (tmp_path / "pretrained").symlink_to(PROJECT / "pretrained")
     return tmp_path
-
-
-def watched(folder, *overrides, say=None, **how):
-    """Train with all that train.py adds; what is said goes to `say`."""
-    config = with_classes(tiny(f"dataset.cache={folder.parent / 'cache'}", *overrides))
-    console = Console(file=say, width=1000) if say else Console(quiet=True)
-    callbacks = [HealthCheck(config, console)]
-    return train(folder, f"dataset.cache={folder.parent / 'cache'}", *overrides,
-                 callbacks=callbacks, **how)  # fmt: skip
-
-
-def curves(folder):
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)]
-            for tag in events.Tags()["scalars"] if tag in VALIDATION_TAGS}  # fmt: skip
 
 
 # ---- while training
@@ -111,89 +90,21 @@ def test_a_run_that_ends_sooner_measures_nothing(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-# ---- the best checkpoint
-
-
-def best_of(folder):
-    best = read_checkpoint(folder / "checkpoints/best.ckpt")
-    state = best["callbacks"]["Checkpoints"]
-    return best["global_step"], state["lowest"], best["state_dict"]
-
-
-@pytest.mark.parametrize("kind", ["validation", "kid"])
-def test_stops_do_not_change_which_checkpoint_is_best(tmp_path, kind, net):
-    wanted = [
-        EVERY, f"training.keep_best={kind}", "training.learning_rate=0.05", "training.max_steps=8",
-        "evaluation.evaluate_every=2", "evaluation.evaluate_images=9", "logging.save_every=1",
-        f"evaluation.extractor={net}", f"dataset.cache={tmp_path / 'cache'}",
-    ]  # fmt: skip
-    fid = lambda: [Evaluation(tiny(*wanted), Console(quiet=True))]
-    train(tmp_path / "a", *wanted, callbacks=fid())
-    for steps in (2, 3, 4, 6, 8):  # some stop where it is measured, and are killed before it is
-        last = newest_checkpoint(tmp_path / "b")[0] if steps > 2 else None
-        train(tmp_path / "b", *wanted, f"training.max_steps={steps}", callbacks=fid(), resume=last)
-    (step, best, state), (other, other_best, other_state) = map(
-        best_of, (tmp_path / "a", tmp_path / "b")
-    )
-    assert step == other
-    assert best == other_best
-    assert best[kind][1] == step
-    assert_same(dict(state), dict(other_state))
-    values = dict(curves(tmp_path / "a")["val/loss"])
-    if kind == "validation":
-        assert step == min(values, key=values.get)
-
-
-def test_what_a_stop_left_out_is_measured_when_the_run_goes_on(tmp_path, monkeypatch):
-    """A checkpoint of step 4 is written before step 4 is validated; then the process dies."""
-    wanted = [EVERY, "logging.save_every=4", "training.keep_best=validation"]
-    watched(tmp_path / "a", *wanted)
-    record = Checkpoints.record
-
-    def die(self, trainer, *measured):
-        if trainer.global_step == 4:
-            raise KeyboardInterrupt
-        record(self, trainer, *measured)
-
-    monkeypatch.setattr(Checkpoints, "record", die)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        watched(tmp_path / "b", *wanted)
-    monkeypatch.setattr(Checkpoints, "record", record)
-    last, checkpoint = newest_checkpoint(tmp_path / "b")
-    assert checkpoint["global_step"] == 4
-    assert checkpoint["callbacks"]["Checkpoints"]["measured"] == {"validation": 2}
-    watched(tmp_path / "b", *wanted, resume=last)
-    one, two = (curves(tmp_path / name)["val/loss"] for name in "ab")
-    assert dict(one) == dict(two)
-    assert best_of(tmp_path / "a")[:2] == best_of(tmp_path / "b")[:2]
-    # and going on from the best itself measures nothing twice
-    best = tmp_path / "b/checkpoints/best.ckpt"
-    steps = [step for step, _ in curves(tmp_path / "b")["val/loss"]]
-    assert sorted({*steps}) == [2, 4, 6]
-    ddpm, _ = watched(tmp_path / "c", *wanted, resume=best)
-    last = read_checkpoint(tmp_path / "a/checkpoints/last.ckpt")
-    assert_same(dict(ddpm.state_dict()), dict(last["state_dict"]))
-
-
-def test_best_needs_what_it_is_judged_by(tmp_path, place, monkeypatch):
-    with pytest.raises(ValueError, match=r"=fid needs evaluation.evaluate_every in 1 \.\.\. 6"):
-        tiny("training.keep_best=fid")
-    said = invoke(
-        "train.py configs/smoke.yml evaluation.validate_every=2 training.keep_best=validation "
-        "dataset.validation_fraction=0", place, monkeypatch, 2,
-    )  # fmt: skip
-    assert "there are no validation images; set dataset.validation_fraction=0.1" in said
-
-
-def test_the_best_checkpoint_is_drawn_from(tmp_path, place, monkeypatch):
-    train(place / "run", EVERY, "training.keep_best=validation", f"dataset.cache={place / 'cache'}")
-    run = lambda line, code=0: invoke(line, place, monkeypatch, code)
-    assert "best.ckpt" in run("sample.py run --checkpoint best --num-images 2 --device cpu")
-    assert "step-00000006.ckpt" in run("sample.py run --checkpoint 6 --num-images 2 --device cpu")
-    said = run("sample.py run --checkpoint 5 --num-images 2", 2)
-    assert "no --checkpoint 5 in run/checkpoints, there are: best, last, step-00000006" in said
-    run("figures.py schedule run --checkpoint best")
-    assert "training.keep_best" in run("figures.py schedule pretrained --checkpoint best", 2)
+def test_one_image_can_be_looked_after(tmp_path):
+    """Who overfits a single image on purpose sees a line, not an error."""
+    np.save(tmp_path / "one.npy", np.full((8, 8, 8, 1), 100, np.uint8))
+    with (tmp_path / "said").open("w+") as said:
+        watched(
+            tmp_path / "run", "dataset.name=npy", f"dataset.root={tmp_path / 'one.npy'}", EVERY,
+            "dataset.validation_fraction=0", "logging.logger=csv", say=said,
+        )  # fmt: skip
+        said.seek(0)
+        text = said.read()
+    assert "health at step 6: training loss" in text
+    assert "0 of 256 copies" in text
+    assert "100% of the images are nearly of one color" in text
+    (table,) = (tmp_path / "run").glob("csv/*/metrics.csv")
+    assert "val/loss, training-images" in table.read_text()
 
 
 # ---- evaluate.py and figures.py
