@@ -23,11 +23,12 @@ from evaluation.classes import (
     overall_accuracy,
     share_by_label,
 )
+from evaluation.copies import find_pairs
 from evaluation.distributed import Ranks, reference_statistics
 from evaluation.extractor import load_extractor
 from evaluation.health import Advice, Health, advice_before, searched_in
 from evaluation.metrics import Tally, compute, spread
-from evaluation.yardsticks import by_quarter, find_pairs, get_yardsticks
+from evaluation.yardsticks import by_quarter, get_yardsticks
 from files import explained
 from generation import quick_steps
 from generation.recipe import label_vector

@@ -10,32 +10,26 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from config import Config
 from dataset import Images
-from diffusion_utils import GaussianDiffusion, from_uint8
+from diffusion_utils import GaussianDiffusion
+from evaluation.copies import Pairs, features_of, find_pairs, find_pairs_by_features
 from evaluation.extractor import Extractor
 from evaluation.metrics import KEPT, spread
 from evaluation.yardsticks import (
-    Pairs,
     Probe,
     Yardsticks,
     bin_edges,
     by_quarter,
-    find_pairs,
     make_probe,
     memoriser_set,
-    nearest,
 )
-from generation import SeedNoise
-from model import exact_float32
 from pl_utils import SAMPLED as SAMPLED
 from weights import Model, load_model
 
 WEIGHTS = {"ema": "EMA", "raw": "raw weights"}
 PredictEps = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x_t, t, labels) -> eps_hat
-Extract = Callable[[Tensor], Tensor]  # uint8 [B, C, H, W] -> features [B, D] on the CPU
 
 
 # ---- a model's lines
@@ -88,60 +82,6 @@ def model_loss(
             line[k] += errors.sum() / len(probe.images)
             advance(len(some) / len(line))
     return line
-
-
-# ---- features, in which copies are looked for too
-
-
-def features_of(model: Model, extractor: Extractor | None) -> tuple[str, Extract]:
-    """Return what features are called, and an extractor's, or the network's where there is none.
-
-    The network sees x_t at T / 10 with the same noise for all: there it knows what an image shows,
-    and not yet its every pixel.
-    """
-    device, t = model.device, model.diffusion.timesteps // 10
-    if extractor:
-        extract = lambda images: extractor(images.to(device))[0].float().flatten(1).cpu()
-        return f"features of {extractor.name}", extract
-    eps, times = SeedNoise([0], model.shape, device)(), torch.tensor([t], device=device)
-
-    @torch.inference_mode()
-    def features(images: Tensor) -> Tensor:
-        x_t = model.diffusion.q_sample(from_uint8(images.to(device)), t, eps)
-        with exact_float32():
-            return model.network.features(x_t, times).cpu()
-
-    return "the U-Net's features", features
-
-
-def find_pairs_by_features(
-    queries: list[Tensor],
-    train: Images,
-    rows: np.ndarray,
-    flips: bool,
-    extract: Extract,
-    *,
-    count: int = 2,
-    batch_size: int = 256,
-    track: Callable[..., Iterable] = lambda work, total: work,
-) -> list[Pairs]:
-    """Return, for each set of uint8 images, the nearest of the training images `rows`.
-
-    Features are brought to one scale and compared by their angle.
-    """
-    batches = [rows[i : i + batch_size].tolist() for i in range(0, len(rows), batch_size)]
-    parts = [extract(train[batch].images) for batch in track(batches, total=len(batches))]
-    features = torch.cat(parts)
-    mean, std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
-    unit = lambda images: normalize(
-        (torch.cat([extract(some) for some in images.split(batch_size)]) - mean) / std
-    )
-    known, found = normalize((features - mean) / std).split(4096), []
-    for images in queries:
-        views = [unit(images), unit(images.flip(-1))] if flips else [unit(images)]
-        distance, places = nearest(views, known, count)
-        found.append(Pairs(distance, torch.from_numpy(rows)[places]))
-    return found
 
 
 # ---- the verdict

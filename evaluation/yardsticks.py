@@ -23,26 +23,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from dataset import Images
 from diffusion_utils import GaussianDiffusion
+from evaluation.copies import find_pairs, square_distances
 from evaluation.metrics import save_arrays, spread
-from model import exact_float32
 
 BINS = 20  # of t
 PROBED = 256  # images of each split, unless they are huge
 BLOCK = 256  # as many squares of a byte add up exactly in float32
 WIDEST = 4096  # matrix whose eigenvalues are computed
 # values of a sample, which bound time and memory
-PROBED_VALUES, MEMORISER_VALUES, SPECTRUM_VALUES, COPIES_VALUES = (
-    10**8,
-    6 * 10**7,
-    2 * 10**8,
-    6 * 10**9,
-)
-COPY = 1 / 3  # distance to the nearest training image over that to the second nearest
-COARSE = 64  # pixels of a side that are enough to know a copy
+PROBED_VALUES = 10**8
+MEMORISER_VALUES = 6 * 10**7
+SPECTRUM_VALUES = 2 * 10**8
+COPIES_VALUES = 6 * 10**9
 
 
 class Probe(NamedTuple):
@@ -209,81 +204,6 @@ def memoriser_loss(
         error = logits.softmax(dim=1).float() @ x - x_0.float()
         line.append((snr[:, 0] * error.double().square().mean(1)).mean() / 127.5**2)
     return torch.stack(line).numpy()
-
-
-def square_distances(queries: Tensor, others: Tensor) -> Tensor:
-    """Return |q - o|^2, [Q, N], of [Q, D] and [N, D]; exact for bytes in float64."""
-    squares = queries.square().sum(1, keepdim=True) + others.square().sum(1)
-    return torch.addmm(squares, queries, others.T, alpha=-2).clamp(min=0)
-
-
-# ---- copies
-
-
-def nearest(queries: list[Tensor], others: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Return the distances and places of the `count` nearest of `others`, [Q, count] each.
-
-    Args:
-        queries: [Q, D] each: several views of the same Q, of which the nearest counts.
-        others: [B, D] each, one after the other.
-    """
-    best = queries[0].new_empty(len(queries[0]), 0)
-    places, seen = best.long(), 0
-    for part in others:
-        with exact_float32():
-            distance = torch.stack([square_distances(view, part) for view in queries]).amin(0)
-        best = torch.cat([best, distance], dim=1)
-        here = torch.arange(seen, seen + len(part), device=best.device)
-        places = torch.cat([places, here.expand_as(distance)], dim=1)
-        best, kept = best.topk(min(count, best.shape[1]), largest=False)
-        places, seen = places.gather(1, kept), seen + len(part)
-    return best.sqrt().cpu(), places.cpu()
-
-
-class Pairs(NamedTuple):
-    """The training images that are nearest to each of Q images, two or more."""
-
-    distance: Tensor  # [Q, count]
-    rows: Tensor  # [Q, count], of the training set
-
-    @property
-    def ratio(self) -> Tensor:
-        """The distance to the nearest over that to the second, [Q]; 1 where there is no second."""
-        if self.distance.shape[1] < 2:
-            return torch.ones(len(self.distance))
-        return (self.distance[:, 0] / self.distance[:, 1]).nan_to_num(1.0)
-
-    @property
-    def copies(self) -> int:
-        """How many lie much nearer to one training image than to any other."""
-        return int((self.ratio < COPY).sum())
-
-
-def find_pairs(
-    queries: Tensor,
-    train: Images,
-    rows: np.ndarray,
-    flips: bool,
-    device: torch.device,
-    *,
-    count: int = 2,
-    coarse: int = COARSE,
-) -> Pairs:
-    """Return the nearest of the training images `rows` to uint8 images [Q, C, H, W], by pixels.
-
-    Larger ones are brought down towards `coarse` pixels a side; distances are of levels.
-    """
-    shrink = max(1, min(train.shape[1:]) // coarse)
-
-    def flat(images: Tensor) -> Tensor:
-        x = images.to(device).float() - 128  # nearer to 0: products are exact up to 1,024 values
-        return shrink * avg_pool2d(x, shrink).flatten(1)
-
-    views = [flat(view) for view in ((queries, queries.flip(-1)) if flips else (queries,))]
-    size = max(1, 10**8 // math.prod(train.shape))
-    batches = (rows[i : i + size].tolist() for i in range(0, len(rows), size))
-    distance, places = nearest(views, (flat(train[some].images) for some in batches), count)
-    return Pairs(distance, torch.from_numpy(rows)[places])
 
 
 # ---- all of it

@@ -15,19 +15,18 @@ from torch import Tensor
 from dataset import Images, fit_image, load_images
 from diffusion_utils import Denoiser, Step, from_uint8, reverse, to_uint8
 from evaluation.classes import assign_labels, count_labels, rows_by_label
+from evaluation.copies import features_of, find_pairs, find_pairs_by_features
 from evaluation.extractor import Extractor, load_extractor
 from evaluation.health import (
     SAMPLED,
     both_weights,
     check_up,
-    features_of,
-    find_pairs_by_features,
     losses_of,
     make_probes,
 )
 from evaluation.likelihood import Bound, bits_per_dim
 from evaluation.metrics import spread
-from evaluation.yardsticks import bin_edges, find_pairs, get_yardsticks
+from evaluation.yardsticks import bin_edges, get_yardsticks
 from generation import Sampling, SeedNoise, generate
 from generation.edit import steps_from
 from plotting import boards

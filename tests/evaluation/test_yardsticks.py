@@ -11,6 +11,7 @@ import evaluation.yardsticks as yardsticks
 from config import load_config
 from dataset import Images
 from diffusion_utils import TARGETS, GaussianDiffusion
+from evaluation.copies import find_pairs, nearest
 from evaluation.health import model_loss
 from evaluation.yardsticks import (
     Probe,
@@ -18,14 +19,12 @@ from evaluation.yardsticks import (
     by_quarter,
     cosine_variances,
     covariance,
-    find_pairs,
     get_yardsticks,
     gram,
     linear_loss,
     make_probe,
     measure_spectrum,
     memoriser_loss,
-    nearest,
 )
 from training.datamodule import open_images
 

@@ -9,10 +9,9 @@ from PIL import Image
 
 from dataset import with_classes
 from diffusion_utils import from_uint8, reverse, to_uint8
-from evaluation.health import features_of
+from evaluation.copies import features_of, nearest
 from evaluation.likelihood import Bound, bits_per_dim
 from evaluation.metrics import spread
-from evaluation.yardsticks import nearest
 from generation import Sampling, SeedNoise, generate, make_denoiser
 from pl_utils import DDPM
 from training.datamodule import open_images
