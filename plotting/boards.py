@@ -230,7 +230,7 @@ def plot_health(
         cells: a sample, its nearest training image and the second nearest. ratios: of distances.
         notes: a line each, under the title.
     """
-    notes = [line for note in notes for line in textwrap.wrap(note, 150)]
+    notes = [line for note in notes for line in textwrap.wrap(note, 170)]
     height = 3.9 + 0.12 * len(notes)
     figure, (left, right) = chart(height, title="Health", note="\n".join(notes), panels=[1.7, 1])
     for name, values in lines.items():
@@ -253,7 +253,7 @@ def plot_health(
             right.imshow(pixels, extent=(x, x + w, y + h, y), interpolation="nearest")
         right.text(x + w + gap, y + h / 2, ratio, va="center", size=7)
     if cells:
-        right.set(xlim=(0, 8 * (w + gap)), ylim=(4 * (h + gap), 0), aspect="equal", anchor="NW")
+        right.set(xlim=(0, 8 * (w + gap)), ylim=(6 * (h + gap), 0), aspect="equal", anchor="NW")
     return figure
 
 

@@ -292,7 +292,7 @@ def draw_health(study: Study, output: Path) -> None:
         extractor=study.loaded_extractor,
     )  # fmt: skip
     nearest = checkup.pairs.get("pixels", [])[:1]
-    shown = [row for pairs in nearest for row in pairs.ratio.argsort()[:8].tolist()]
+    shown = [row for pairs in nearest for row in pairs.ratio.argsort()[:12].tolist()]
     cells = [[samples[i], *train[nearest[0].rows[i].tolist()].images] for i in shown]
     ratios = [f"{nearest[0].ratio[i]:.2f}" for i in shown]
     facts = checkup.facts()
