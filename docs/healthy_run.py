@@ -6,6 +6,7 @@ two cores.
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -56,7 +57,12 @@ def main() -> None:
             )
             said = [x for x in done.stdout.splitlines() if x.startswith(("advice:", "health at"))]
             print(f"## {title}\n", f"python {command}", *said, sep="\n", end="\n\n")
-    figure, axes = chart(3.0, title="Six runs", note="loss over steps", panels=[1] * len(RUNS))
+    figure, axes = chart(
+        3.6,
+        title="Six runs",
+        note="The plain error of eps over training steps",
+        panels=[1] * len(RUNS),
+    )
     for panel, (name, (title, _)) in zip(axes, RUNS.items(), strict=True):
         for folder, (label, color, style) in LINES.items():
             events = EventAccumulator(str(Path("lightning_logs", name, folder)))
@@ -66,10 +72,10 @@ def main() -> None:
                 panel.semilogy(*zip(*points, strict=True), style, color=color, label=label)
         panel.axhline(1, color=GRAY, linestyle=":", label="untrained")
         panel.set(xlabel="step", ylim=(0.008, 2), xlim=0)
-        panel.set_title(title, fontsize=7)
+        panel.set_title(textwrap.fill(title, 20), fontsize=8)
         panel.tick_params(labelleft=panel is axes[0])
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     write_figure(figure, Path(__file__).with_name("healthy-run.png"))
 
 

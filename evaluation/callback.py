@@ -48,7 +48,7 @@ def draw_together(
 
     A signal to any rank ends training here, at this step, with everything saved.
     """
-    checkpoints, size = Checkpoints.of(trainer), min(BATCH, module.micro or BATCH)
+    checkpoints, size = Checkpoints.of(trainer), min(BATCH, 4 * (module.micro or BATCH))
     network, classes = at_precision(module.ema, module.precision), module.config.dataset.classes
     for label, batches in share_by_label(ranks, rows, size):
         vector = label_vector(label, classes) if label else None

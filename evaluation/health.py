@@ -173,9 +173,7 @@ class Health:
             text = f"diverged: the loss is {loss:.3g}, and an untrained model's is 1"
             yield Advice("diverged", f"{text}; lower {rate} and begin again")
         elif loss > self.linear and not self.few and 4 * self.step >= training.max_steps:
-            text = (
-                f"worse than a linear denoiser: the loss is {loss:.3g}, and its {self.linear:.3g}"
-            )
+            text = f"the loss is {loss:.3g}, above a linear denoiser's {self.linear:.3g}"
             longer = f"train longer than {self.step:,} steps, or with another {rate}"
             yield Advice("above linear", f"{text}; {longer}")
         elif len(known) == 2 and max(known) > self.linear and not (forgets or self.few):
