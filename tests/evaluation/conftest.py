@@ -25,6 +25,12 @@ def run(place, monkeypatch):
     return run
 
 
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    """Draw 16 images after a validation, not 256."""
+    monkeypatch.setattr("evaluation.callback.SAMPLED", 16)
+
+
 @pytest.fixture(scope="session")
 def net(tmp_path_factory):
     """A feature extractor's file."""

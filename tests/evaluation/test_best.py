@@ -107,10 +107,10 @@ def test_a_signal_while_images_are_drawn_ends_at_this_step(tmp_path, kind, net, 
             os.kill(os.getpid(), signal.SIGTERM)
         return draw_together(trainer, module, ranks, rows)
 
-    monkeypatch.setattr("evaluation.callback.draw_together", interrupted)
-    with pytest.raises(Interrupted):
-        train(tmp_path / "b", *wanted, callbacks=watch())
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluation.callback.draw_together", interrupted)
+        with pytest.raises(Interrupted):
+            train(tmp_path / "b", *wanted, callbacks=watch())
     last, checkpoint = newest_checkpoint(tmp_path / "b")
     assert checkpoint["global_step"] == 4
     train(tmp_path / "b", *wanted, callbacks=watch(), resume=last)

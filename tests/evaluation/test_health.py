@@ -101,7 +101,7 @@ def test_one_image_can_be_looked_after(tmp_path):
         said.seek(0)
         text = said.read()
     assert "health at step 6: training loss" in text
-    assert "0 of 256 copies" in text
+    assert "0 of 16 copies" in text
     assert "100% of the images are nearly of one color" in text
     (table,) = (tmp_path / "run").glob("csv/*/metrics.csv")
     assert "val/loss, training-images" in table.read_text()
@@ -124,7 +124,6 @@ def test_the_shipped_model_is_healthy(place, run):
     assert facts["recipe"]["health"]["samples"] == 64
     with np.load(Path(re.search("^output: (.*)$", output, re.M)[1]) / "health.npz") as lines:
         assert lines["EMA, training"].mean() == pytest.approx(losses["EMA, training"])
-    assert run(f"{line} --precision float32")[1]["health"] == health
     assert "only a model has a health" in run("configs/smoke.yml --metrics health", 2)[0]
 
 
