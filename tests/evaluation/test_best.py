@@ -21,7 +21,7 @@ def place(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", ["validation", "kid"])
+@pytest.mark.parametrize("kind", ["validation", pytest.param("kid", marks=pytest.mark.slow)])
 def test_stops_do_not_change_which_checkpoint_is_best(tmp_path, kind, net):
     wanted = [
         EVERY, f"training.keep_best={kind}", "training.learning_rate=0.05", "training.max_steps=8",
