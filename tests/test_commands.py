@@ -185,7 +185,7 @@ def test_two_devices_are_one_run(tmp_path, monkeypatch):
     common = (
         "configs/smoke.yml model.dropout=0.0 hardware.precision=32-true hardware.accelerator=cpu "
         "logging.log_every=1 dataset.labels=true "
-        "evaluation.validate_every=15 training.max_steps=30"
+        "evaluation.validate_every=30 training.max_steps=30"
     )
     two = "hardware.devices=2 hardware.micro_batch_size=2"
     invoke(f"train.py {common} --run-name one", tmp_path, monkeypatch, 0)
