@@ -1,4 +1,4 @@
-"""What the commands share: what is said when something is wrong, the console, their options.
+"""Code that the commands share: what is said when something is wrong, the console, their options.
 
 Only what needs no package is imported at the top, so that it can speak of those that are missing.
 """

@@ -51,7 +51,7 @@ WITH_TEST_SET = ("mnist", "fashion-mnist", "cifar10", "flowers102", "emoji")
 
 
 class DatasetConfig(Section):
-    """Where images come from and what they are cut to."""
+    """Images: their source, and the shape that they are brought to."""
 
     name: Literal[
         "digits", "mnist", "fashion-mnist", "cifar10", "flowers102", "celebahq",
@@ -149,7 +149,7 @@ class DiffusionConfig(Section):
 
 
 class TrainingConfig(Section):
-    """What is learned."""
+    """Learning: all that decides the weights."""
 
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of initial weights, data order, t, noise, flips and dropout"""
@@ -178,7 +178,7 @@ class TrainingConfig(Section):
 
 
 class HardwareConfig(Section):
-    """Where it runs."""
+    """Devices, and how they are used."""
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = free("auto")
     """auto, cpu, gpu or mps"""
@@ -199,7 +199,7 @@ class HardwareConfig(Section):
 
 
 class LoggingConfig(Section):
-    """What is written down, and how often."""
+    """Records of a run, and how often they are made."""
 
     results_folder: Folder = free("lightning_logs")
     """folder of runs"""
@@ -223,7 +223,7 @@ class LoggingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What is measured while training."""
+    """Measurements while training."""
 
     validate_every: int = free(10_000, ge=0)
     """steps between validation losses; 0 is never"""
@@ -251,7 +251,7 @@ class SamplingConfig(Section):
 
 
 class GuidanceConfig(Section):
-    """How labels steer sampling."""
+    """Guidance of sampling by labels."""
 
     scale: float = free(1.0, ge=0)
     """1 is the conditional model, 0 the unconditional one; more exaggerates"""

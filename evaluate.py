@@ -61,7 +61,7 @@ def evaluate(
         typer.Option(help="Any of fid,is,kid,pr,nll,health. Default: all that apply but health."),
     ] = None,
     num_images: Annotated[
-        int | None, typer.Option(min=2, help="Number of images. Default: 50,000, or all.")
+        int | None, typer.Option(min=2, help="Number of images. Default: 50,000, or all there are.")
     ] = None,
     reference: Annotated[
         str,

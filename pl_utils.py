@@ -57,7 +57,7 @@ def seed_device(device: torch.device, seed: int) -> None:
 
 
 class Draws(NamedTuple):
-    """What is random in a batch of B images, but dropout."""
+    """All that is random in a batch of B images, but dropout."""
 
     t: Tensor  # [B]
     eps: Tensor  # [B, C, H, W]
@@ -107,7 +107,7 @@ class DDPM(pl.LightningModule):
 
     @property
     def precision(self) -> str:
-        """What training steps and previews use here: "float32" or "bfloat16"."""
+        """The precision of training steps and previews here: "float32" or "bfloat16"."""
         return resolve_precision(self.config, self.device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

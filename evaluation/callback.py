@@ -1,4 +1,4 @@
-"""What is measured while training: FID, IS and KID of a few images; how healthy the run is."""
+"""Measure while training: FID, IS and KID of a few images, and the health of the run."""
 
 import math
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""What classes the measured images are of: which labels are drawn how often, numbers by class."""
+"""Classes of the measured images: which labels are drawn how often, and numbers by class."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -86,7 +86,7 @@ def share_by_label(
 
 
 class Labelled(NamedTuple):
-    """Of what classes the measured images are, and the real ones whose features are kept."""
+    """Classes of the measured images, and of the real ones whose features are kept."""
 
     classes: list[str]
     labels: np.ndarray  # uint8 [N, classes]

@@ -62,7 +62,7 @@ class Pairs(NamedTuple):
 
     @property
     def copies(self) -> int:
-        """How many lie much nearer to one training image than to any other."""
+        """The number of images much nearer to one training image than to any other."""
         return int((self.ratio < COPY).sum())
 
 

@@ -32,7 +32,7 @@ class Extractor(nn.Module):
 
     @property
     def is_literature(self) -> bool:
-        """Whether these are the weights that published FIDs and ISs are computed with."""
+        """True for the weights that published FIDs and ISs are computed with."""
         return self.name == INCEPTION and self.digest == INCEPTION_SHA256
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Is a model healthy? Its loss beside the yardsticks of its data, copies, and what to do."""
+"""The health of a model: its loss beside the yardsticks of its data, copies, and advice."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""How likely images are to a model: the variational bound (Eq. 5), in bits per dimension."""
+"""The variational bound (Eq. 5) of images under a model, in bits per dimension."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -24,7 +24,7 @@ NEIGHBOURS = 3  # of precision and recall
 
 
 class Tally:
-    """What the metrics need to know of N images' features, on the CPU.
+    """Sums over the features of N images, from which all metrics follow, on the CPU.
 
     FID and IS need float64 sums; KID, precision and recall the features themselves. Images come in
     any order, and each in one process: adding `tensors()` over all processes gives the whole.

@@ -1,4 +1,4 @@
-"""What is measured, by what and against what: opened, checked, and written down as a recipe."""
+"""The plan of an evaluation: all that it needs, opened, checked, and written down as a recipe."""
 
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -50,7 +50,7 @@ YAML = ".yml", ".yaml"
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked for; see `python evaluate.py --help`."""
+    """The options of an evaluation; see `python evaluate.py --help`."""
 
     source: Path
     sampling: dict[str, Any]  # keys of the config's section that win over the model's own
@@ -73,7 +73,7 @@ class Options:
 
 
 class Plan:
-    """What is measured; ValueError or OSError, for users, where it cannot be.
+    """An evaluation, ready to begin; ValueError or OSError, for users, where it cannot.
 
     Attributes:
         recipe: all that decides the numbers, as JSON.

@@ -117,7 +117,7 @@ class Measurement(Plan):
 
     @property
     def draws(self) -> bool:
-        """Whether anything is measured of images, drawn or there already."""
+        """True where anything is measured of images, drawn or there already."""
         return bool(self.extractor) or "health" in self.metrics
 
     def networks(self) -> list[nn.Module | None]:
@@ -258,9 +258,9 @@ class Measurement(Plan):
         if "health" in self.metrics:
             looked_at = sum(probe.t.numel() for probe in self.probes.values())
             calls = share(looked_at * len(self.models))
+            if not self.extractor:  # the network's own features, on rank 0 alone
+                calls += math.ceil(min(KEPT, len(self.data["train"])) / batch)
             total += calls * call
-            if not self.extractor:  # the network's own features
-                calls += math.ceil(min(KEPT, len(self.data["train"])) / 256)
             said.append(f"{calls:,} calls for the health")
         if "nll" in self.metrics:
             calls = share(len(self.nll_rows) * len(self.nll_times))

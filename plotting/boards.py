@@ -252,8 +252,7 @@ def plot_health(
             x, y = (across * 4 + j) * (w + gap), down * (h + gap)
             right.imshow(pixels, extent=(x, x + w, y + h, y), interpolation="nearest")
         right.text(x + w + gap, y + h / 2, ratio, va="center", size=7)
-    if cells:
-        right.set(xlim=(0, 8 * (w + gap)), ylim=(6 * (h + gap), 0), aspect="equal", anchor="NW")
+    right.set(xlim=(0, 8 * (w + gap)), ylim=(6 * (h + gap), 0), aspect="equal", anchor="NW")
     return figure
 
 

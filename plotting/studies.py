@@ -1,4 +1,4 @@
-"""What the figures show: a model's chains, mixes, neighbours and bound, as images and numbers."""
+"""The figures' content: a model's chains, mixes, neighbours and bound, as images and numbers."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -291,10 +291,10 @@ def draw_health(study: Study, output: Path) -> None:
         model, losses, images=images, probes=probes, yardsticks=yardsticks, samples=samples,
         extractor=study.loaded_extractor,
     )  # fmt: skip
-    nearest = checkup.pairs.get("pixels", [])[:1]
-    shown = [row for pairs in nearest for row in pairs.ratio.argsort()[:12].tolist()]
-    cells = [[samples[i], *train[nearest[0].rows[i].tolist()].images] for i in shown]
-    ratios = [f"{nearest[0].ratio[i]:.2f}" for i in shown]
+    nearest = checkup.pairs["pixels"][0]
+    shown = nearest.ratio.argsort()[:12].tolist()
+    cells = [[samples[i], *train[nearest.rows[i].tolist()].images] for i in shown]
+    ratios = [f"{nearest.ratio[i]:.2f}" for i in shown]
     facts = checkup.facts()
     said = [f"{study.run}, step {model.step:,}. {facts['summary']}", *facts["advice"].values()]
     edges = bin_edges(model.diffusion.timesteps)

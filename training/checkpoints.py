@@ -1,4 +1,4 @@
-"""When training saves and stops: intervals, the end, signals, SLURM."""
+"""Save and stop training: intervals, the end, signals, SLURM."""
 
 import math
 import os
@@ -141,10 +141,8 @@ class Checkpoints(pl.Callback):
                 if path.name > here.name:
                     names = (path.with_name(f"{path.name}.aside{n}") for n in chain([""], count(2)))
                     print(f"set aside: {path.rename(next(p for p in names if not p.exists()))}")
-            if steps := saved_steps(self.folder):  # it may go on from another file
-                point_last_to(steps[-1])
-            elif self.last:
-                remove(self.folder / "last.ckpt")
+            if here.exists():
+                point_last_to(here)
             for leftover in self.folder.glob(".*.tmp"):
                 remove(leftover)
 

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a summary, numbers at intervals, a bar or lines."""
+"""Report a run while it trains: a summary, numbers at intervals, a bar or lines."""
 
 import math
 import time

@@ -27,7 +27,7 @@ class InUse(ValueError):
 
 @dataclass
 class Start:
-    """What a run begins from."""
+    """The beginning of a run: its folder, and a checkpoint or weights."""
 
     run: Path  # its folder
     checkpoint: tuple[Path, dict] | None  # the one that it continues from, already read

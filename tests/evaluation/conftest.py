@@ -1,4 +1,4 @@
-"""What the tests of evaluate.py share."""
+"""Fixtures that the tests of evaluate.py share."""
 
 import json
 import re

@@ -69,7 +69,7 @@ def test_looking_after_a_run_leaves_no_trace(tmp_path, others):
 
 
 def test_losses_of_training_and_validation_have_the_same_noise(tmp_path):
-    """Of images that are the same, the losses are."""
+    """Equal images have equal losses."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
     np.save(tmp_path / "twice.npy", np.concatenate([pixels] * 2))
     order = np.random.default_rng(0).permutation(24)
@@ -91,7 +91,7 @@ def test_a_run_that_ends_sooner_measures_nothing(tmp_path):
 
 
 def test_one_image_can_be_looked_after(tmp_path):
-    """Who overfits a single image on purpose sees a line, not an error."""
+    """A person may overfit a single image on purpose."""
     np.save(tmp_path / "one.npy", np.full((8, 8, 8, 1), 100, np.uint8))
     with (tmp_path / "said").open("w+") as said:
         watched(

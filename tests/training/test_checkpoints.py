@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from helpers import Evil, assert_same, run, train
 
@@ -155,6 +156,26 @@ def test_a_going_back_sets_the_later_aside(tmp_path):
     train(tmp_path, *options, "training.max_steps=3", resume=first)
     names = [p.name for p in folder.glob("step-00000006.ckpt.aside*")]
     assert sorted(names) == ["step-00000006.ckpt.aside", "step-00000006.ckpt.aside2"]
+
+
+def test_a_last_checkpoint_that_stands_alone_stays(tmp_path):
+    """It may be all that a person has kept, or newer than the steps beside it."""
+    train(tmp_path / "run", "logging.save_every=3")
+    folder = tmp_path / "run/checkpoints"
+    last, older = folder / "last.ckpt", folder / "step-00000003.ckpt"
+    content = last.read_bytes()
+    (folder / "step-00000006.ckpt").unlink()
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, *_):
+            assert last.read_bytes() == content
+
+    train(tmp_path / "run", "training.max_steps=7", resume=last, callbacks=[Look()])
+    for path in folder.iterdir():
+        path.unlink()
+    last.write_bytes(content)
+    train(tmp_path / "run", "training.max_steps=7", resume=last, callbacks=[Look()])
+    assert not older.exists()
 
 
 def test_a_copy_of_a_persons_own_stays(tmp_path):
