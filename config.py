@@ -7,7 +7,6 @@ checkpoint. `model`, `diffusion`, `sampling` and `guidance` mirror one construct
 (`evaluation`). Facts of the data are written once, under `dataset`. Defaults live here only.
 """
 
-import json
 import os
 import reprlib
 import sys
@@ -15,7 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -374,27 +372,3 @@ def _explain(fault: Any) -> str:
 def fields_of(section: str) -> dict[str, Any]:
     """Return the fields of a section."""
     return Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-
-
-def to_yaml(config: Config) -> str:
-    """Return the resolved config, every default written out, with what each key means."""
-    lines = []
-    for section, values in config.model_dump(mode="json").items():
-        fields = fields_of(section)
-        lines.append(f"{section}:")
-        for key, value in values.items():
-            text = yaml.safe_dump([value], default_flow_style=True, width=1000).strip()[1:-1]
-            lines.append(f"  {f'{key}: {text}':<34}  # {fields[key].description}")
-    return "\n".join(lines) + "\n"
-
-
-def differences(old: Config, new: Config, *, learned: bool = False) -> list[str]:
-    """Return 'section.key: old -> new' for each value that differs; `learned`: of keys not free."""
-    lines, new_tree = [], new.model_dump(mode="json")
-    for section, values in old.model_dump(mode="json").items():
-        fields = fields_of(section)
-        for key, value in values.items():
-            other = new_tree[section][key]
-            if value != other and not (learned and fields[key].json_schema_extra):
-                lines.append(f"{section}.{key}: {json.dumps(value)} -> {json.dumps(other)}")
-    return lines

@@ -18,11 +18,11 @@ from cli import (
     Weights,
     checkpoint_of,
     fail,
+    fields_of,
     plain_console,
     sampling_options,
     usable_device,
 )
-from config import SamplingConfig
 
 HELP = """
 Draw the paper's figures of a trained model.
@@ -51,16 +51,17 @@ Examples:
 Kind = Literal[
     "progressive", "interpolation", "neighbours", "rate-distortion", "chain", "schedule", "health"
 ]
+HOW = (*fields_of("sampling"),)
 STEERING = "class_label", "guidance_scale", "guidance_interval", "guide"
-SAMPLING = (*SamplingConfig.model_fields, *STEERING)
+SAMPLING = (*HOW, *STEERING)
 TAKES = {  # options that not all kinds take
     "progressive": ("num_images", *SAMPLING),
     "interpolation": ("num_images", "t", "image", *SAMPLING),
     "neighbours": ("num_images", "extractor", *SAMPLING),
     "rate-distortion": ("num_images", "variance"),
     "chain": ("num_images", *SAMPLING),
-    "schedule": tuple(SamplingConfig.model_fields),
-    "health": ("num_images", "extractor", *SamplingConfig.model_fields),
+    "schedule": HOW,
+    "health": ("num_images", "extractor", *HOW),
 }
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)

@@ -1,7 +1,8 @@
-"""Files: written whole or not at all, with what is said where one cannot be; YAML read."""
+"""Files: written whole or not at all, with what is said where one cannot be; YAML in and out."""
 
 import difflib
 import errno
+import json
 import os
 import re
 import reprlib
@@ -11,9 +12,12 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 AGAIN = "give the same command again"
 _ADVICE = {
@@ -213,3 +217,34 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]}?"
     return f"; there are: {', '.join(known)}" if known else ""
+
+
+# ---- a config, which is a pydantic model of sections, as text
+
+
+def _fields(config: "BaseModel", section: str) -> dict[str, Any]:
+    return type(getattr(config, section)).model_fields
+
+
+def to_yaml(config: "BaseModel") -> str:
+    """Return the resolved config, every default written out, with what each key means."""
+    lines = []
+    for section, values in config.model_dump(mode="json").items():
+        fields = _fields(config, section)
+        lines.append(f"{section}:")
+        for key, value in values.items():
+            text = yaml.safe_dump([value], default_flow_style=True, width=1000).strip()[1:-1]
+            lines.append(f"  {f'{key}: {text}':<34}  # {fields[key].description}")
+    return "\n".join(lines) + "\n"
+
+
+def differences(old: "BaseModel", new: "BaseModel", *, learned: bool = False) -> list[str]:
+    """Return 'section.key: old -> new' for each value that differs; `learned`: of keys not free."""
+    lines, new_tree = [], new.model_dump(mode="json")
+    for section, values in old.model_dump(mode="json").items():
+        fields = _fields(old, section)
+        for key, value in values.items():
+            other = new_tree[section][key]
+            if value != other and not (learned and fields[key].json_schema_extra):
+                lines.append(f"{section}.{key}: {json.dumps(value)} -> {json.dumps(other)}")
+    return lines

@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 
 from cli import EXPECTED, Overrides, fail, is_main_process, plain_console, quiet_libraries
-from config import Config, differences, load_config, to_yaml
+from config import Config, load_config
+from files import differences, to_yaml
 
 if TYPE_CHECKING:
     from pl_utils import DDPM

@@ -5,10 +5,10 @@ import pytest
 import yaml
 
 from cli import check_sampling
-from config import Config, check_config, differences, load_config, to_yaml
+from config import Config, check_config, load_config
 from dataset import load_images
 from diffusion_utils import GaussianDiffusion, make_steps
-from files import parse_yaml
+from files import differences, parse_yaml, to_yaml
 from generation import Guidance
 from model import UNet
 

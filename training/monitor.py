@@ -11,8 +11,8 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from config import Config, to_yaml
-from files import atomic_write, explained
+from config import Config
+from files import atomic_write, explained, to_yaml
 from pl_utils import DDPM
 
 

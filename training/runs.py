@@ -8,7 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
-from config import Config, check_config, differences
+from config import Config, check_config
+from files import differences
 from weights import (
     ModelFiles,
     can_continue,

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from config import Config, differences, to_yaml
-from files import atomic_write
+from config import Config
+from files import atomic_write, differences, to_yaml
 from weights.checkpoint import write_checkpoint
 from weights.dialects import rename, to_diffusers
 from weights.load import read_model

@@ -17,7 +17,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 import evaluate
-from config import to_yaml
 from dataset import Images, with_classes
 from evaluation.callback import Evaluation, draw_together
 from evaluation.classes import (
@@ -32,6 +31,7 @@ from evaluation.classes import (
 )
 from evaluation.likelihood import bits_per_dim
 from evaluation.metrics import Tally, compute
+from files import to_yaml
 from generation import Sampling, generate, make_denoiser
 from pl_utils import DDPM
 from training.datamodule import open_images

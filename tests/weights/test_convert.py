@@ -23,7 +23,8 @@ from hub import (
 from PIL import Image
 from safetensors.torch import save_file
 
-from config import differences, load_config
+from config import load_config
+from files import differences
 from generation import SeedNoise
 from model import build_network
 from weights import load_model, newest_checkpoint, read_checkpoint, write_checkpoint
