@@ -155,24 +155,52 @@ class TrainingConfig(Section):
     """images a step, on all devices together"""
     max_steps: int = free(ge=1, le=10**9)
     """steps of the whole run"""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """adam (the paper's) or adamw"""
     learning_rate: float = Field(2e-4, gt=0)
-    """Adam's, after the warmup"""
+    """its largest, after the warmup"""
     warmup_steps: int = Field(5000, ge=0)
     """steps over which the learning rate rises from 0"""
+    learning_rate_decay: Literal["constant", "cosine", "linear", "inverse-sqrt"] = "constant"
+    """then: constant (the paper's); cosine or linear to 0 at max_steps; inverse-sqrt of the step"""
+    beta2: float = Field(0.999, gt=0, lt=1)
+    """decay of the optimizer's mean of squared gradients"""
+    weight_decay: float = Field(0.0, ge=0)
+    """adamw's"""
     gradient_clip_norm: float | None = Field(1.0, gt=0)
     """largest norm of the global batch's gradient; null does not clip"""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """decay of the weights' moving average, which samples"""
-    loss_weight: Literal["eps", "v"] = "eps"
-    """weight of the eps error over t: eps (the paper's) is 1, v that of v's error"""
-    t_density: Literal["uniform"] = "uniform"
-    """how t is drawn: uniform (the paper's)"""
+    loss_weight: Literal["eps", "x0", "v", "min-snr", "soft-min-snr", "p2", "sigmoid"] = "eps"
+    """weight of the eps error over t: eps (the paper's) is 1; docs/recipes.md has the others"""
+    loss_weight_gamma: float | None = None
+    """gamma of min-snr, soft-min-snr, p2, bias of sigmoid; null is 5, 5, 1, -1, as published"""
+    t_density: Literal["uniform", "normal"] = "uniform"
+    """how t is drawn: uniform (the paper's), or normal in log SNR"""
+    t_density_mean: float = 0.0
+    """of normal: its mean"""
+    t_density_width: float = Field(2.0, gt=0)
+    """of normal: its standard deviation"""
+    t_stratified: bool = False
+    """one t from each of batch_size equal shares of the density, which varies less"""
     label_dropout: float = Field(0.1, ge=0, lt=1)
     """share of labels left out, which guidance needs"""
     keep_best: Literal["validation", "fid", "kid"] | None = free(None)
     """keep the best checkpoint, by the EMA's loss on validation images, or by fid or kid"""
     max_skipped_steps: int = free(20, ge=1)
     """steps in a row without a finite gradient that end the run"""
+
+    @model_validator(mode="after")
+    def _knobs_are_used(self) -> "TrainingConfig":
+        gamma, plain = self.loss_weight_gamma, self.loss_weight in ("eps", "x0", "v")
+        if gamma is not None and (plain or (gamma <= 0 and self.loss_weight != "sigmoid")):
+            raise ValueError(
+                f"loss_weight_gamma {gamma} is above 0, of min-snr, soft-min-snr and p2, or "
+                f"sigmoid's bias; loss_weight is {self.loss_weight}"
+            )
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError(f"weight_decay {self.weight_decay} belongs to optimizer=adamw")
+        return self
 
 
 class HardwareConfig(Section):

@@ -37,13 +37,36 @@ TARGETS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]] = {
     "x0": lambda s, n: (1 + 0 * s, 0 * s),
     "v": lambda s, n: (-n, s),  # Salimans & Ho 2022, section 4
 }
-# w over t, of SNR: the weight of the error of eps, whatever is predicted
-LOSS_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+# w over t, of SNR and of what some take: the weight of the error of eps, whatever is predicted
+LOSS_WEIGHTS: dict[str, Callable[..., np.ndarray]] = {
     "eps": np.ones_like,
-    "v": lambda snr: 1 + 1 / np.maximum(snr, 1e-12),  # makes it the error of v
+    "x0": lambda snr: 1 / at_least(snr),  # makes it the error of x_0
+    "v": lambda snr: 1 + 1 / at_least(snr),  # and this that of v
+    # Hang et al. 2023, section 3.4: min(SNR, gamma) of the error of x_0
+    "min-snr": lambda snr, gamma=5.0: np.minimum(1, gamma / at_least(snr)),
+    "soft-min-snr": lambda snr, gamma=5.0: gamma / (snr + gamma),  # Crowson et al. 2024
+    "p2": lambda snr, gamma=1.0: (1 + snr) ** -gamma,  # Choi et al. 2022, k = 1
+    # Hoogeboom et al. 2024: sigmoid(b - log SNR)
+    "sigmoid": lambda snr, gamma=-1.0: 1 / (1 + snr * math.exp(-gamma)),
 }
-# p over t, of SNR, not normalised
-T_DENSITIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"uniform": np.ones_like}
+# p over t, of SNR and of what some take, not normalised
+T_DENSITIES: dict[str, Callable[..., np.ndarray]] = {
+    "uniform": lambda snr, **_: np.ones_like(snr),
+    "normal": lambda snr, mean, width: normal_density(np.log(at_least(snr)), mean, width),
+}
+
+
+def at_least(snr: np.ndarray) -> np.ndarray:
+    """Return SNR, but nowhere so small that its inverse is of no use."""
+    return np.maximum(snr, 1e-12)
+
+
+def normal_density(log_snr: np.ndarray, mean: float, width: float) -> np.ndarray:
+    """Return p over t for which log SNR is normal, as the noise levels of Karras et al. 2022."""
+    z = ((log_snr - mean) / width) ** 2 / 2
+    # log SNR is not even over t: a step stands for as much of it as lies around it
+    around = np.abs(np.gradient(log_snr)) if len(log_snr) > 1 else 1.0
+    return np.exp(z.min() - z) * around
 
 
 def make_betas(schedule: str, timesteps: int, start: float, end: float) -> np.ndarray:
@@ -135,10 +158,10 @@ class GaussianDiffusion:
             self._cache[key] = column.to(like.dtype).to(like.device)
         return self._cache[key]
 
-    def column(self, function: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    def column(self, function: Callable[..., np.ndarray], **how: float) -> Tensor:
         """Return a function of SNR over t, [T] float64; rows of `LOSS_WEIGHTS`, `T_DENSITIES`."""
         a = self._alpha_bar[:-1]
-        return torch.from_numpy(function(a / (1 - a)))
+        return torch.from_numpy(function(a / (1 - a), **how))
 
     def q_sample(self, x_0: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
         """Return x_t of x_0 and noise (Eq. 4). x_0, eps: [B, C, H, W]; t: [B] or one int."""

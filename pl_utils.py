@@ -40,6 +40,20 @@ VALIDATION_TAGS = "val/loss", *(f"val/loss by t/{quarter} of 4" for quarter in r
 SAMPLED = 256  # images that are looked at after each validation, for copies
 INITIAL, TRAIN, DROPOUT, VALIDATE = range(4)  # streams of random numbers
 
+OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+# the learning rate's share that is left, of (step, warmup, max_steps), once it is warm
+RATE_DECAYS: dict[str, Callable[[int, int, int], float]] = {
+    "constant": lambda step, warmup, end: 1.0,
+    "cosine": lambda step, warmup, end: 0.5 + 0.5 * math.cos(math.pi * done(step, warmup, end)),
+    "linear": lambda step, warmup, end: 1 - done(step, warmup, end),
+    "inverse-sqrt": lambda step, warmup, end: (max(1, warmup) / max(1, step)) ** 0.5,
+}
+
+
+def done(step: int, start: int, end: int) -> float:
+    """Return the share of start ... end that lies before a step."""
+    return min(1.0, (step - start) / max(1, end - start))
+
 
 def seed_of(*key: int) -> int:
     """Return a well-mixed seed below 2^63 from a few small integers."""
@@ -89,8 +103,11 @@ class DDPM(pl.LightningModule):
         self.ema = copy.deepcopy(self.unet).requires_grad_(False).eval()
         self.diffusion = GaussianDiffusion(**config.diffusion.model_dump())
         self.micro = config.hardware.micro_batch_size  # images at a time; None is a rank's share
-        weight = self.diffusion.column(LOSS_WEIGHTS[config.training.loss_weight]).float()
-        edges = cell_edges(self.diffusion.column(T_DENSITIES[config.training.t_density]))
+        learn = config.training
+        gamma = {} if learn.loss_weight_gamma is None else {"gamma": learn.loss_weight_gamma}
+        weight = self.diffusion.column(LOSS_WEIGHTS[learn.loss_weight], **gamma).float()
+        normal = {"mean": learn.t_density_mean, "width": learn.t_density_width}
+        edges = cell_edges(self.diffusion.column(T_DENSITIES[learn.t_density], **normal))
         # sums since the last log: loss, gradient norm, steps; skipped steps, clipped ones
         zero = torch.zeros(())
         sums = {"tally": torch.zeros(5), "streak": zero, "longest_streak": zero.clone()}
@@ -111,9 +128,14 @@ class DDPM(pl.LightningModule):
         return resolve_precision(self.config, self.device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        learn = self.config.training
         # fused: one kernel, and it skips an update on the device when told `found_inf`
-        return torch.optim.Adam(
-            self.unet.parameters(), lr=self.learning_rate(0), betas=(0.9, 0.999), fused=True
+        return OPTIMIZERS[learn.optimizer](
+            self.unet.parameters(),
+            lr=self.learning_rate(0),
+            betas=(0.9, learn.beta2),
+            weight_decay=learn.weight_decay,
+            fused=True,
         )
 
     @cached_property
@@ -122,9 +144,12 @@ class DDPM(pl.LightningModule):
         return list(self.ema.parameters())
 
     def learning_rate(self, step: int) -> float:
-        """Return the step's rate: linear from 0, which the first update has, then constant."""
-        rate, warmup = self.config.training.learning_rate, self.config.training.warmup_steps
-        return rate * min(1.0, step / warmup) if warmup else rate
+        """Return the step's rate: linear from 0, which the first update has, then a decay's."""
+        learn = self.config.training
+        rate, warmup = learn.learning_rate, learn.warmup_steps
+        if step < warmup:
+            return rate * step / warmup
+        return rate * RATE_DECAYS[learn.learning_rate_decay](step, warmup, learn.max_steps)
 
     def draw(self, stream: int, index: int, count: int) -> "Draws":
         """Draw what is random in one whole batch."""
@@ -137,6 +162,8 @@ class DDPM(pl.LightningModule):
         kept = torch.rand(count, generator=generator, device=self.device)
         # the coin's side decides the flip, what lies below it where in the step's cells t falls
         cell = t * CELLS + ((2 * coin) % 1 * CELLS).long()
+        if self.config.training.t_stratified and stream == TRAIN:
+            cell = (torch.arange(count, device=self.device) * (T * CELLS) + cell) // count
         t = torch.searchsorted(self.t_edges, cell, right=True)
         return Draws(t, eps, coin < 0.5, kept >= self.config.training.label_dropout)
 

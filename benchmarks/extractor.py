@@ -1,12 +1,12 @@
 """A feature extractor for small images: a little classifier of them, as a TorchScript file.
 
 Inception is made for photographs; of digits its features say little. It takes any config whose
-data has labels, one class an image. Run from the project's folder; seconds for digits, a minute or
-two for emoji and Fashion-MNIST on one core:
+data has labels, one class an image, and overrides. Run from the project's folder; seconds for
+digits, a minute or two for emoji and Fashion-MNIST on one core:
 
     python benchmarks/extractor.py configs/digits.yml digits.pt
     python benchmarks/extractor.py configs/emoji.yml emoji.pt
-    python benchmarks/extractor.py configs/fashion_mnist.yml fashion.pt DATASET_ROOT
+    python benchmarks/extractor.py configs/fashion_mnist.yml fashion.pt dataset.root=DIR
     python evaluate.py pretrained/digits.safetensors --extractor digits.pt --num-images 5000
 """
 
@@ -47,9 +47,8 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
-def labelled(config_file: str, root: str | None) -> tuple[Tensor, Tensor, Images]:
+def labelled(config_file: str, overrides: list[str]) -> tuple[Tensor, Tensor, Images]:
     """Return images, uint8 [N, 3, H, W], their classes, [N], and the training set they are of."""
-    overrides = [f"dataset.root={root}"] if root else []
     train = open_images(load_config(config_file, [*overrides, "dataset.labels=true"]))["train"]
     images, labels = train[list(range(len(train)))]
     assert labels is not None
@@ -61,7 +60,7 @@ def labelled(config_file: str, root: str | None) -> tuple[Tensor, Tensor, Images
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    images, labels, found = labelled(sys.argv[1], sys.argv[3] if len(sys.argv) > 3 else None)
+    images, labels, found = labelled(sys.argv[1], sys.argv[3:])
     order = torch.randperm(len(labels))
     test, train = order[: len(order) // 6], order[len(order) // 6 :]
     net = Classifier(found.shape, len(found.classes))

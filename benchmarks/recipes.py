@@ -1,0 +1,284 @@
+"""Recipes of training against each other: what each knob buys. From the project's folder:
+
+    python benchmarks/extractor.py configs/fashion_mnist.yml fashion16.pt \\
+        dataset.image_size=16 'model.attention_resolutions=[8]'
+    python benchmarks/recipes.py run fashion16 paper v+cosine-rate --extractor fashion16.pt
+    python benchmarks/recipes.py table fashion16
+
+A run is one line of benchmarks/recipes.jsonl; what stands there is not run again, so that a stop
+loses the run in progress alone. A recipe is a set of overrides; `+` joins several, of
+which any `section.key=value` may be one. Every run of a task is measured on the
+same images with the same noise: FID, KID, precision and recall of 2,000 images by 20 steps of
+DPM-Solver++ (EMA weights, no guidance) on the features of a classifier of that data; the error of
+eps and bits/dim on held-out images.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.pop(0)  # this folder: its train, sample and profile are not those meant
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import typer
+from torch import Tensor
+
+from config import Config, load_config
+from dataset import Images, with_classes
+from evaluation.extractor import load_extractor
+from evaluation.likelihood import bits_per_dim, likelihood_scores
+from evaluation.metrics import Tally, compute
+from generation import make_denoiser
+from pl_utils import DDPM, quick_images
+from training.datamodule import open_images, train_batches
+
+RESULTS = Path(__file__).with_suffix(".jsonl")
+IMAGES, ERRORS, BITS = 2000, 2000, 100  # generated; held out for eps and for bits/dim
+FASHION = [
+    "dataset.root=/usr/share/datasets/fashion-mnist", "model.base_channels=32",
+    "model.num_res_blocks=1", "training.batch_size=64", "training.max_steps=1200",
+    "training.learning_rate=1e-3", "training.warmup_steps=100", "training.ema_decay=0.995",
+]  # fmt: skip
+TASKS = {  # config, overrides
+    "digits": ("digits", ["training.max_steps=2800"]),
+    "fashion16": (
+        "fashion_mnist", [*FASHION, "dataset.image_size=16", "model.attention_resolutions=[8]"]
+    ),
+    "fashion28": ("fashion_mnist", FASHION),
+    "emoji16": (
+        "emoji",
+        [
+            "dataset.image_size=16", "model.attention_resolutions=[8]",
+            "model.channel_multipliers=[1,2,2]", "diffusion.prediction=eps",
+            "diffusion.beta_schedule=linear", "training.loss_weight=eps", "training.batch_size=64",
+            "training.max_steps=1800", "training.warmup_steps=100", "training.ema_decay=0.995",
+        ],
+    ),
+}  # fmt: skip
+RECIPES = {
+    "paper": [],
+    "x0": ["diffusion.prediction=x0"],
+    "v": ["diffusion.prediction=v"],
+    "x0-weight": ["training.loss_weight=x0"],
+    "v-weight": ["training.loss_weight=v"],
+    "min-snr": ["training.loss_weight=min-snr"],
+    "soft-min-snr": ["training.loss_weight=soft-min-snr"],
+    "p2": ["training.loss_weight=p2"],
+    "sigmoid": ["training.loss_weight=sigmoid"],
+    "normal": ["training.t_density=normal"],
+    "stratified": ["training.t_stratified=true"],
+    "cosine-betas": ["diffusion.beta_schedule=cosine"],
+    "linear-betas": ["diffusion.beta_schedule=linear"],
+    "cosine-rate": ["training.learning_rate_decay=cosine"],
+    "linear-rate": ["training.learning_rate_decay=linear"],
+    "inverse-sqrt-rate": ["training.learning_rate_decay=inverse-sqrt"],
+    "beta2-0.99": ["training.beta2=0.99"],
+    "beta2-0.95": ["training.beta2=0.95"],
+    "adamw": ["training.optimizer=adamw", "training.weight_decay=0.01"],
+    "muon": [],  # below; not an optimizer of the project
+    "no-dropout": ["model.dropout=0"],
+    "no-clip": ["training.gradient_clip_norm=null"],
+}
+COLUMNS = "FID", "KID", "precision", "recall", "eps", "bits", "clipped", "seconds"
+
+app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+
+
+def configure(task: str, recipe: str, seed: int) -> Config:
+    """Return the config of a run; ValueError for what is no recipe."""
+    name, overrides = TASKS[task]
+    for part in recipe.split("+"):
+        if part not in RECIPES and "=" not in part:
+            raise ValueError(f"{part!r} is not one of {', '.join(RECIPES)}, nor section.key=value")
+        overrides = [*overrides, *RECIPES.get(part, [part])]
+    fixed = [f"training.seed={seed}", "guidance.scale=1"]
+    return load_config(f"configs/{name}.yml", [*overrides, *fixed])
+
+
+def found_runs() -> list[dict[str, Any]]:
+    """Return the runs that are written down."""
+    return (
+        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    )
+
+
+def train(config: Config, images: Images, muon: bool) -> tuple[DDPM, float, float]:
+    """Return a trained model, the share of clipped steps, and seconds."""
+    ddpm = DDPM(config)
+    optimizer: torch.optim.Optimizer = ddpm.configure_optimizers()
+    if muon:
+        optimizer = Muon(ddpm.unet.parameters(), config.training.learning_rate)
+    begin, clipped, steps = time.perf_counter(), 0.0, config.training.max_steps
+    for step, batch in zip(range(steps), train_batches(images, config), strict=False):
+        ddpm.update(batch, optimizer, step=step)
+    clipped = ddpm.tally[4].item() / steps
+    return ddpm, clipped, time.perf_counter() - begin
+
+
+class Yardstick:
+    """What all runs of a task are measured with: images, features, noise."""
+
+    def __init__(self, config: Config, extractor: Path):
+        self.images = open_images(config)
+        self.extractor = load_extractor(str(extractor))
+        train = self.images["train"]
+        self.reference = self.tally(
+            [train[list(range(i, min(i + 500, len(train))))][0] for i in range(0, len(train), 500)]
+        ).statistics()
+        held_out = self.images["validation"]
+        count = min(ERRORS, len(held_out))
+        self.batch = held_out[list(range(count))]
+        self.repeats = max(1, ERRORS // count)
+
+    def tally(self, batches: list[Tensor]) -> Tally:
+        """Return the features of images."""
+        count = sum(map(len, batches))
+        tally, done = Tally.of(self.extractor, count, batches[0].shape[1:], keep=10_000), 0
+        for images in batches:
+            tally.add(list(range(done, done + len(images))), *self.extractor(images))
+            done += len(images)
+        return tally
+
+    @torch.inference_mode()
+    def measure(self, ddpm: DDPM) -> dict[str, float]:
+        """Return the scores of a model's EMA."""
+        ddpm.eval()
+        classes, data, diffusion = (
+            len(ddpm.config.dataset.classes),
+            ddpm.config.dataset,
+            ddpm.diffusion,
+        )
+        labels = torch.eye(classes) if classes else [None]
+        batches = []
+        for i, label in enumerate(labels):
+            seeds = list(range(i * IMAGES // len(labels), (i + 1) * IMAGES // len(labels)))
+            batches += [x for _, x in quick_images(ddpm, ddpm.ema, seeds, label=label)]
+        scores = compute(("fid", "kid", "pr"), self.tally(batches), self.reference)
+        found = {name.partition("-")[0]: score.value for name, score in scores.items()}
+
+        generator, total = torch.Generator().manual_seed(0), 0.0
+        images = self.batch.images
+        count = len(images)
+        for _ in range(self.repeats):
+            t = (
+                torch.arange(count) * diffusion.timesteps
+                + torch.randint(diffusion.timesteps, (count,), generator=generator)
+            ) // count
+            t = t[torch.randperm(count, generator=generator)]
+            eps = torch.randn((count, *data.shape), generator=generator)
+            total += ddpm.validation_losses(ddpm.ema, self.batch, t, eps).mean().item()
+        found["eps"] = total / self.repeats
+        found["bits"] = self.bits(ddpm, labels)
+        return found
+
+    def bits(self, ddpm: DDPM, labels: Any) -> float:
+        """Return bits/dim of held-out images, of some t: the bound's denoiser is of one label."""
+        total, stride = 0.0, ddpm.diffusion.timesteps // 50
+        for label in labels:
+            images, known = (part if part is None else part[:BITS] for part in self.batch)
+            if label is not None:
+                images = images[(known == label).all(dim=1)]
+            bound = bits_per_dim(
+                make_denoiser(ddpm.ema, ddpm.diffusion, label=label),
+                ddpm.diffusion,
+                images,
+                range(len(images)),
+                variance="small",
+                batch_size=64,
+                stride=stride,
+            )
+            scores = likelihood_scores(bound, stride=stride, timesteps=ddpm.diffusion.timesteps)
+            total += next(iter(scores.values())).value * len(images) / BITS
+        return total
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for all matrices and kernels, Adam for the rest, at one rate.
+
+    An update is the orthogonal matrix nearest to the momentum, by five Newton-Schulz iterations,
+    of root mean square 0.2, as large as Adam's (Liu et al. 2025).
+    """
+
+    def __init__(self, weights: Any, lr: float):
+        super().__init__(list(weights), {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for w in group["params"]:
+                state, g = self.state[w], w.grad
+                if not state:
+                    state |= {"step": 0, "m": torch.zeros_like(g), "v": torch.zeros_like(g)}
+                state["step"] += 1
+                if w.ndim < 2:
+                    m, v = state["m"].lerp_(g, 0.1), state["v"].lerp_(g * g, 0.001)
+                    m = m / (1 - 0.9 ** state["step"])
+                    w -= group["lr"] * m / ((v / (1 - 0.999 ** state["step"])).sqrt() + 1e-8)
+                    continue
+                m = state["m"].mul_(0.95).add_(g)
+                u = (g + 0.95 * m).flatten(1)
+                turned = len(u) > u.shape[1]
+                u = u.T if turned else u
+                u = u / (u.norm() + 1e-7)
+                for _ in range(5):
+                    a = u @ u.T
+                    u = 3.4445 * u + (-4.7750 * a + 2.0315 * a @ a) @ u
+                u = (u.T if turned else u) * 0.2 * max(u.shape) ** 0.5
+                w -= group["lr"] * u.reshape(w.shape)
+
+
+@app.command()
+def run(
+    task: str,
+    recipes: list[str],
+    extractor: Annotated[Path, typer.Option()],
+    seeds: str = "0,1,2",
+) -> None:
+    """Train and measure each recipe with each seed, where that is not written down."""
+    yardstick = None
+    for seed in map(int, seeds.split(",")):
+        for recipe in recipes:
+            if any(
+                (r["task"], r["recipe"], r["seed"]) == (task, recipe, seed) for r in found_runs()
+            ):
+                continue
+            config = with_classes(configure(task, recipe, seed))
+            yardstick = yardstick or Yardstick(config, extractor)
+            ddpm, clipped, seconds = train(
+                config, yardstick.images["train"], "muon" in recipe.split("+")
+            )
+            scores = {**yardstick.measure(ddpm), "clipped": clipped, "seconds": seconds}
+            commit = subprocess.run(
+                ["git", "describe", "--always"], capture_output=True, text=True
+            ).stdout.strip()
+            line = {"task": task, "recipe": recipe, "seed": seed, "commit": commit}
+            line |= {name: float(f"{value:.5g}") for name, value in scores.items()}
+            with RESULTS.open("a") as file:
+                print(json.dumps(line), file=file)
+            print(json.dumps(line), flush=True)
+
+
+@app.command()
+def table(task: str) -> None:
+    """Print a Markdown table: means, and from the smallest to the largest of the seeds."""
+    runs = [r for r in found_runs() if r["task"] == task]
+    print(f"| recipe | seeds | {' | '.join(COLUMNS)} |")
+    print("|---" * (2 + len(COLUMNS)) + "|")
+    for recipe in dict.fromkeys(r["recipe"] for r in runs):
+        rows = [r for r in runs if r["recipe"] == recipe]
+        cells = []
+        for name in COLUMNS:
+            values = [r[name] for r in rows]
+            cells.append(f"{statistics.mean(values):.4g}")
+            if name in ("FID", "eps") and len(values) > 1:
+                cells[-1] += f" ({min(values):.4g}–{max(values):.4g})"
+        print(f"| {recipe} | {len(rows)} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    app()
