@@ -202,7 +202,8 @@ class GaussianDiffusion:
             [B], float32 or wider: w[t] times the mean over C, H, W of (eps - eps_hat)^2.
         """
         F = network(self.q_sample(x_0, t, eps), t)
-        error = (self.target(x_0, t, eps).float() - F.float()).square().mean(dim=(1, 2, 3))
+        wide = torch.promote_types(F.dtype, torch.float32)
+        error = (self.target(x_0, t, eps).to(wide) - F.to(wide)).square().mean(dim=(1, 2, 3))
         error = error * self._on_device("scale", error)[t]
         return error if weight is None else error * weight[t]
 

@@ -163,9 +163,7 @@ def test_targets_are_the_same_estimate():
             x_0, steps, lambda _: 0.0,
         )  # fmt: skip
         *_, (_, sample, _) = chain
-        with pytest.MonkeyPatch.context() as patch:  # the loss is float32 in training
-            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-            loss = d.loss(lambda *_, F=F: F, x_0, t, eps, weight)
+        loss = d.loss(lambda *_, F=F: F, x_0, t, eps, weight)
         results.append([loss, d.predict_x_0(x_t, t, F), d.predict_eps(x_t, t, F), sample])
         torch.testing.assert_close(results[-1][1], x0_hat, rtol=1e-9, atol=1e-9)
     for other in results[1:]:
@@ -175,14 +173,56 @@ def test_targets_are_the_same_estimate():
     torch.testing.assert_close(results[0][0], plain, rtol=1e-9, atol=0)
 
 
-def test_vs_own_weight_makes_the_loss_the_error_of_v():
-    for schedule in ("linear", "cosine", "jsd"):
-        d = process(schedule, prediction="v")
-        x_0, eps, F = torch.randn(3, 6, 2, 4, 4)
-        t = torch.tensor([0, 1, 250, 500, 900, 998])
-        loss = d.loss(lambda *_, F=F: F, x_0, t, eps, d.column(LOSS_WEIGHTS["v"]).float())
-        plain = (F - d.target(x_0, t, eps)).square().mean(dim=(1, 2, 3))
-        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "jsd"])
+def test_a_targets_own_weight_makes_the_loss_its_own_error(schedule, name):
+    d = process(schedule, prediction=name)
+    x_0, eps, F = torch.randn(3, 6, 2, 4, 4, dtype=torch.float64)
+    t = torch.tensor([0, 1, 250, 500, 900, 998])
+    loss = d.loss(lambda *_: F, x_0, t, eps, d.column(LOSS_WEIGHTS[name]))
+    plain = (F - d.target(x_0, t, eps)).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_weights_are_as_published(schedule):
+    """At all t, in the form in which each paper gives them: of the error of what it predicts."""
+    for name in TARGETS:
+        d = process(schedule, prediction=name)
+        snr = np.array([d.alpha_bar(t) / (1 - d.alpha_bar(t)) for t in range(1000)])
+        own = {"eps": snr**0, "x0": snr, "v": snr / (1 + snr)}[
+            name
+        ]  # what eps' error is of its own
+        per = {"eps": snr, "x0": 1, "v": snr + 1}[name]  # Hang et al. 2023, section 3.4
+        for gamma in (1.0, 5.0, 20.0):
+            found = d.column(LOSS_WEIGHTS["min-snr"], gamma=gamma).numpy() * own
+            np.testing.assert_allclose(found, np.minimum(snr, gamma) / per, rtol=1e-12)
+            soft = d.column(LOSS_WEIGHTS["soft-min-snr"], gamma=gamma).numpy() * own
+            np.testing.assert_allclose(soft, snr * gamma / (snr + gamma) / per, rtol=1e-12)
+            sigmoid = d.column(LOSS_WEIGHTS["sigmoid"], gamma=math.log(gamma)).numpy() * own
+            np.testing.assert_allclose(sigmoid, soft, rtol=1e-12)  # two names of one curve
+            p2 = d.column(LOSS_WEIGHTS["p2"], gamma=gamma).numpy() * own
+            np.testing.assert_allclose(p2, (1 + snr) ** -gamma * own, rtol=1e-12)
+    published = {"min-snr": 5, "soft-min-snr": 5, "p2": 1, "sigmoid": -1}
+    for name, gamma in published.items():
+        row = LOSS_WEIGHTS[name]
+        assert torch.equal(d.column(row), d.column(row, gamma=gamma))
+
+
+def test_vs_loss_is_that_of_karras_preconditioning():
+    """The loss at sigma of a denoiser c_skip x + c_out F(c_in x), sigma_data 1 (EDM, section 5)."""
+    d = process(prediction="v")
+    x_0, eps, F = torch.randn(3, 6, 2, 4, 4, dtype=torch.float64)
+    t = torch.tensor([0, 1, 250, 500, 900, 999])
+    sigma = (1 / d.alpha_bar(t) - 1).sqrt().view(-1, 1, 1, 1)
+    c_skip, c_out = 1 / (1 + sigma**2), sigma / (1 + sigma**2).sqrt()
+    aim = (x_0 - c_skip * (x_0 + sigma * eps)) / c_out
+    weights = {"v": 1, "soft-min-snr": sigma**2 / (1 + sigma**2) ** 2}
+    for name, weight in weights.items():
+        gamma = {} if name == "v" else {"gamma": 1.0}
+        ours = d.loss(lambda *_: -F, x_0, t, eps, d.column(LOSS_WEIGHTS[name], **gamma))
+        theirs = (weight * (F - aim).square()).mean(dim=(1, 2, 3))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
 
 
 def test_losses_stay_finite_without_signal():
@@ -205,6 +245,20 @@ def test_t_is_drawn_from_its_density():
     share = torch.bincount(t, minlength=1000) / len(cell)
     torch.testing.assert_close(share.double(), density / density.sum(), rtol=0, atol=2e-6)
     assert share[10:20].eq(0).all()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_log_snr_can_be_drawn_from_a_normal_distribution(schedule):
+    d = process(schedule)
+    density = d.column(T_DENSITIES["normal"], mean=-1.0, width=1.5).numpy()
+    log_snr = np.log([d.alpha_bar(t) / (1 - d.alpha_bar(t)) for t in range(1000)])
+    share = density / density.sum()
+    mean = share @ log_snr
+    assert mean == pytest.approx(-1, abs=0.01)
+    assert share @ (log_snr - mean) ** 2 == pytest.approx(1.5**2, rel=0.02)
+    # none where there is no signal, and somewhere however far from all levels the mean is
+    assert process("jsd").column(T_DENSITIES["normal"], mean=0, width=1)[-1] < 1e-30
+    assert d.column(T_DENSITIES["normal"], mean=1000, width=0.1).sum() > 0
 
 
 # ---- pixels
