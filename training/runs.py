@@ -168,9 +168,14 @@ def check_continuation(config: Config, path: Path, checkpoint: dict, say: Say) -
             "these weights: `python convert.py export CKPT w.safetensors --format safetensors`, "
             "then --checkpoint-path w.safetensors."
         )
+    notes = dict.fromkeys(
+        ("hardware.precision", "hardware.compile"), "from here on rounding differs"
+    )
+    if (decay := config.training.learning_rate_decay) in ("cosine", "linear"):
+        notes["training.max_steps"] = f"the {decay} decay of the learning rate ends there"
     for line in differences(old, config):
-        rounding = line.startswith(("hardware.precision", "hardware.compile"))
-        say(f"changed: {line}{' (from here on rounding differs)' if rounding else ''}")
+        note = notes.get(line.partition(":")[0])
+        say(f"changed: {line}{f' ({note})' if note else ''}")
     step = checkpoint["global_step"]
     left = step < config.training.max_steps
     done = f"{path} has all {step:,} steps of training.max_steps; give a larger one to train on"
