@@ -24,8 +24,8 @@ from benchmarks.common import (
 )
 from config import load_config
 from dataset import Batch, Images
-from diffusion_utils import from_uint8, make_steps
-from generation import generate, make_denoiser
+from diffusion_utils import from_uint8
+from generation import generate, make_denoiser, make_steps
 from model import at_precision
 from pl_utils import DDPM, TRAIN, VALIDATE
 from plotting.boards import GRAY, INK, OURS, THEIRS, chart, write_figure

@@ -38,8 +38,7 @@ from benchmarks.loader import array_loader, loader_table
 from cli import quiet_libraries
 from config import load_config
 from dataset import Batch
-from diffusion_utils import make_steps
-from generation import SeedNoise, generate, make_denoiser
+from generation import SeedNoise, generate, make_denoiser, make_steps
 from model import Attention, at_precision
 from pl_utils import DDPM
 from training import ImageData, build_trainer

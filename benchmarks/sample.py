@@ -27,8 +27,8 @@ from benchmarks.common import (
     wake,
     with_tf32,
 )
-from diffusion_utils import GaussianDiffusion, make_steps
-from generation import generate, make_denoiser
+from diffusion_utils import GaussianDiffusion
+from generation import generate, make_denoiser, make_steps
 from model import at_precision, build_network
 from training.dry_run import flops_per_image
 from weights.dialects import to_diffusers

@@ -7,8 +7,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusion_utils import make_steps
-from generation import generate, make_denoiser
+from generation import generate, make_denoiser, make_steps
 from weights import load_model
 
 ROWS = {

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_utils import Denoiser, GaussianDiffusion, from_uint8, spaced_timesteps
+from diffusion_utils import Denoiser, GaussianDiffusion, from_uint8
 from evaluation.metrics import Score
-from generation import SeedNoise
+from generation import SeedNoise, spaced_timesteps
 
 # ---- the terms, as functions of the process
 

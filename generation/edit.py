@@ -14,17 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_utils import (
-    FARTHEST,
-    Denoiser,
-    GaussianDiffusion,
-    Step,
-    ddim_steps,
-    from_uint8,
-    reverse,
-)
+from diffusion_utils import Denoiser, GaussianDiffusion, from_uint8
 from generation.generate import SeedNoise, Walk
 from generation.recipe import Sampling
+from generation.samplers import FARTHEST, Step, ddim_steps, reverse
 
 Chain = Iterator[tuple[Step, Tensor, Tensor]]
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from config import Config
-from diffusion_utils import Denoiser, GaussianDiffusion, Step, make_steps, reverse, to_uint8
+from diffusion_utils import Denoiser, GaussianDiffusion, to_uint8
+from generation.samplers import Step, make_steps, reverse
 from model import Network, exact_float32, has_bf16
 
 MANY_CALLS = 5000  # of the network; from here compiling on CUDA repays its minute
@@ -177,7 +178,7 @@ def generate(
     """Yield (seeds, images) of each batch: uint8 [B, C, H, W] on the CPU.
 
     Args:
-        steps: a sampler's table, see `diffusion_utils.make_steps`.
+        steps: a sampler's table, see `generation.make_steps`.
         seeds: one an image, in the order that they are wanted.
         shape: (C, H, W).
         advance: hears after each network call how many images' worth it was.

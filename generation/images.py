@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
-from diffusion_utils import Step, to_uint8
+from diffusion_utils import to_uint8
 from files import atomic_write
+from generation.samplers import Step
 
 FRAMES = 60  # of an animation, at most
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffusion_utils import Denoiser, make_steps
+from diffusion_utils import Denoiser
 from files import did_you_mean
 from generation.generate import Guidance, Walk, chain, make_denoiser, pays_to_compile
+from generation.samplers import make_steps
 from model import at_precision
 
 if TYPE_CHECKING:

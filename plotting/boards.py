@@ -17,9 +17,9 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
 
-from diffusion_utils import Step
 from evaluation.metrics import spread
 from files import atomic_write
+from generation import Step
 from generation.images import save
 
 INK, GRAY, FAINT = "#1b1f24", "#6b7280", "#e5e7eb"

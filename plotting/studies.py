@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dataset import Images, fit_image, load_images
-from diffusion_utils import Denoiser, Step, from_uint8, reverse, to_uint8
+from diffusion_utils import Denoiser, from_uint8, to_uint8
 from evaluation.classes import assign_labels, count_labels, rows_by_label
 from evaluation.copies import features_of, find_pairs, find_pairs_by_features
 from evaluation.extractor import Extractor, load_extractor
@@ -27,7 +27,7 @@ from evaluation.health import (
 from evaluation.likelihood import Bound, bits_per_dim
 from evaluation.metrics import spread
 from evaluation.yardsticks import bin_edges, get_yardsticks
-from generation import Sampling, SeedNoise, generate
+from generation import Sampling, SeedNoise, Step, generate, reverse
 from generation.edit import steps_from
 from plotting import boards
 from plotting.boards import Board, Cells, write_figure

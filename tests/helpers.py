@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from config import load_config
-from diffusion_utils import GaussianDiffusion, make_steps
+from diffusion_utils import GaussianDiffusion
+from generation import make_steps
 
 __all__ = ["PROJECT", "run", "start"]
 

@@ -7,9 +7,9 @@ import yaml
 from cli import check_sampling
 from config import Config, check_config, load_config
 from dataset import load_images
-from diffusion_utils import GaussianDiffusion, make_steps
+from diffusion_utils import GaussianDiffusion
 from files import differences, parse_yaml, to_yaml
-from generation import Guidance
+from generation import Guidance, make_steps
 from model import UNet
 
 CONFIGS = sorted(Path("configs").glob("*.yml"))

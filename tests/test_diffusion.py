@@ -11,16 +11,14 @@ from config import DiffusionConfig, SamplingConfig, TrainingConfig
 from diffusion_utils import (
     CELLS,
     LOSS_WEIGHTS,
-    SAMPLERS,
-    SPACINGS,
     T_DENSITIES,
     TARGETS,
     cell_edges,
     from_uint8,
     make_betas,
-    reverse,
     to_uint8,
 )
+from generation.samplers import SAMPLERS, SPACINGS, reverse
 
 # ---- q
 

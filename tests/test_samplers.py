@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import process, steps_of
 
-from diffusion_utils import SAMPLERS, SPACINGS, Step, reverse, spaced_timesteps
+from generation.samplers import SAMPLERS, SPACINGS, Step, reverse, spaced_timesteps
 
 
 def denoiser_of(d, eps_model, *, clip=False):

@@ -89,9 +89,11 @@ def test_from_yaml_to_a_png_is_short():
     """What a reader passes to know how a config becomes a model and a model an image."""
     paths = [PROJECT / f"{name}.py" for name in ("config", "model", "diffusion_utils", "dataset")]
     paths += [PROJECT / "pl_utils.py", PROJECT / "sample.py", PROJECT / "weights/model.py"]
-    paths += [PROJECT / f"generation/{name}.py" for name in ("generate", "images", "recipe")]
+    paths += [
+        PROJECT / f"generation/{name}.py" for name in ("generate", "images", "recipe", "samplers")
+    ]
     assert len(paths) <= 12
-    assert sum(len(path.read_text().splitlines()) for path in paths) <= 2850
+    assert sum(len(path.read_text().splitlines()) for path in paths) <= 2900
 
 
 def test_lightning_is_only_the_driver():

@@ -11,10 +11,11 @@ from helpers import PROJECT, invoke, noise_image, process, steps_of, tiny, wake
 from PIL import Image
 
 from dataset import fit_image
-from diffusion_utils import ddim_steps, from_uint8, reverse, to_uint8
+from diffusion_utils import from_uint8, to_uint8
 from generation import Sampling, SeedNoise, chain, edit, generate
 from generation.edit_options import choose_sampler
 from generation.images import fit_mask, psnr
+from generation.samplers import ddim_steps, reverse
 from model import build_network
 from weights import Model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import process, steps_of
 
-from diffusion_utils import reverse
+from generation import reverse
 
 diffusers = pytest.importorskip("diffusers")
 

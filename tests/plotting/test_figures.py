@@ -8,11 +8,11 @@ from helpers import invoke, steps_of, tiny, wake
 from PIL import Image
 
 from dataset import with_classes
-from diffusion_utils import from_uint8, reverse, to_uint8
+from diffusion_utils import from_uint8, to_uint8
 from evaluation.copies import features_of, nearest
 from evaluation.likelihood import Bound, bits_per_dim
 from evaluation.metrics import spread
-from generation import Sampling, SeedNoise, generate, make_denoiser
+from generation import Sampling, SeedNoise, generate, make_denoiser, reverse
 from pl_utils import DDPM
 from training.datamodule import open_images
 from weights import load_model, write_checkpoint

@@ -10,8 +10,7 @@ from hub import HUB_TINY, diffusers, same_eps, save_hub, their_net
 from safetensors import safe_open
 
 from config import load_config
-from diffusion_utils import reverse
-from generation import Guidance, make_denoiser
+from generation import Guidance, make_denoiser, reverse
 from model import build_network
 from weights import Model, ModelFiles, copy_tensors, load_model, read_checkpoint, starting_weights
 from weights import write_checkpoint as write

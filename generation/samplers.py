@@ -1,0 +1,213 @@
+"""Samplers as step tables, and the one loop that walks them.
+
+| symbol           | name here          | source                                      |
+|------------------|--------------------|---------------------------------------------|
+| p(x_s \\| x_t)    | `make_steps`       | Eq. 6, 7 and Algorithm 2; DDIM Eq. 12, 16;  |
+|                  | and `reverse`      | DPM-Solver++ (Lu et al. 2022) Algorithm 2   |
+| lambda           | `half_log_snr`     | Lu et al. 2022, after Eq. 4                 |
+
+A sampler is a function from the times that it visits to rows of numbers. `t` is 0-based, and -1 is
+the data. Equations are of Ho et al. 2020 unless named. Nothing here draws a random number.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_utils import Denoiser, GaussianDiffusion
+
+FARTHEST = 80  # noise / signal, the sigma_max of Karras et al. 2022
+
+
+class Step(NamedTuple):
+    """One step of a sampler: x_s = sum x[i] state_i + sum x0[i] estimate_i + sigma z.
+
+    state_0 is x_t, state_1 the state before it; estimate_0 is x0_hat(x_t, t), estimate_1 the one
+    before. A step without `x0` asks no network. One with s > t goes back towards noise.
+    """
+
+    t: int
+    s: int  # -1 is the data
+    x: tuple[float, ...]
+    x0: tuple[float, ...]
+    sigma: float = 0.0
+
+
+def make_steps(
+    diffusion: GaussianDiffusion,
+    *,
+    sampler: str,
+    variance: str,
+    eta: float,
+    timesteps: int | None,
+    spacing: str,
+) -> list[Step]:
+    """Return a sampler's table, from t = T - 1 (or where the spacing starts) down to the data.
+
+    Args:
+        sampler: a key of `SAMPLERS`.
+        variance: `ddpm` only: `large` (fixedlarge, beta; the paper's CIFAR-10) or `small`
+            (fixedsmall, the posterior's; the paper's 256x256).
+        eta: `ddim` only: 0 is deterministic, 1 equals `ddpm` with small variance.
+        timesteps: how many steps; None is all T. Rounding can merge a few: the length counts.
+        spacing: see `spaced_timesteps`.
+
+    Raises:
+        ValueError: unknown names, or a number of steps that the spacing cannot have.
+    """
+    for name, value, known in (
+        ("sampler", sampler, SAMPLERS),
+        ("variance", variance, ("large", "small")),
+        ("spacing", spacing, SPACINGS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta {eta} is outside 0 ... 1")
+    times = [*spaced_timesteps(diffusion, timesteps, spacing), -1]
+    return SAMPLERS[sampler](diffusion, times, variance=variance, eta=eta)
+
+
+def ddpm_steps(
+    diffusion: GaussianDiffusion, times: list[int], *, variance: str, **_: Any
+) -> list[Step]:
+    """Return Algorithm 2's table: DDIM's with eta 1 (Eq. 7), `large` with the variance of beta."""
+    steps = []
+    for step in ddim_steps(diffusion, times, eta=1.0):
+        if variance == "large" and step.s >= 0:
+            ratio = diffusion.alpha_bar(step.t) / diffusion.alpha_bar(step.s)
+            step = step._replace(sigma=math.sqrt(1 - ratio))
+        steps.append(step)
+    return steps
+
+
+def ddim_steps(
+    diffusion: GaussianDiffusion, times: list[int], *, eta: float, **_: Any
+) -> list[Step]:
+    """Return DDIM's table (Song et al. 2020, Eq. 12 and 16)."""
+    steps = []
+    for t, s in itertools.pairwise(times):
+        a_t, a_s = diffusion.alpha_bar(t), diffusion.alpha_bar(s)
+        sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
+        c_t = math.sqrt(max(0.0, 1 - a_s - sigma**2) / (1 - a_t))
+        steps.append(Step(t, s, (c_t,), (math.sqrt(a_s) - c_t * math.sqrt(a_t),), sigma))
+    return steps
+
+
+def dpm_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list[Step]:
+    """Return DPM-Solver++(2M)'s table: second-order multistep, without noise."""
+    return second_order(diffusion, ddim_steps(diffusion, times, eta=0.0))
+
+
+def second_order(diffusion: GaussianDiffusion, steps: list[Step]) -> list[Step]:
+    """Extrapolate x0_hat along each step from the last two estimates (Lu et al. 2022, Alg. 2).
+
+    h is a step of the half log SNR.
+    """
+    found: list[Step] = []
+    h_last = None
+    for step in steps:
+        if step.s >= 0:
+            here, there = (half_log_snr(diffusion.alpha_bar(t)) for t in step[:2])
+            h = there - here
+            if h_last is not None:
+                (c_0,) = step.x0
+                step = step._replace(x0=(c_0 * (1 + h / (2 * h_last)), -c_0 * h / (2 * h_last)))
+            h_last = h
+        found.append(step)
+    return found
+
+
+def heun_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list[Step]:
+    """Return Heun's table for the probability-flow ODE (Karras et al. 2022, Algorithm 1).
+
+    In x / sqrt(alpha_bar) and r = noise / signal the slope is (x - x0_hat) / r: an Euler row (DDIM)
+    goes to s, a second asks the network there and takes the mean of both slopes.
+    """
+    steps: list[Step] = []
+    for euler in ddim_steps(diffusion, times, eta=0.0):
+        steps.append(euler)
+        a_t, a_s = diffusion.alpha_bar(euler.t), diffusion.alpha_bar(euler.s)
+        r_t, r_s = (math.sqrt((1 - a) / a) for a in (a_t, a_s))
+        if euler.s < 0 or r_t > FARTHEST:  # no slope at r = 0; nothing to see beyond
+            continue
+        h, signal = (r_s - r_t) / 2, math.sqrt(a_s)
+        states = h / r_s, math.sqrt(a_s / a_t) * (1 + h / r_t)
+        steps.append(Step(euler.s, euler.s, states, (-signal * h / r_s, -signal * h / r_t)))
+    return steps
+
+
+SAMPLERS: dict[str, Callable[..., list[Step]]] = {
+    "ddpm": ddpm_steps,
+    "ddim": ddim_steps,
+    "dpm++": dpm_steps,
+    "heun": heun_steps,
+}
+
+
+def half_log_snr(alpha_bar: float) -> float:
+    """Return lambda, half the logarithm of the signal-to-noise ratio; -inf without signal."""
+    return 0.5 * math.log(alpha_bar / (1 - alpha_bar)) if alpha_bar else -math.inf
+
+
+def spaced_timesteps(diffusion: GaussianDiffusion, count: int | None, spacing: str) -> list[int]:
+    """Return the t that a sampler visits, falling.
+
+    `trailing` ends the strides at T - 1; `uniform` begins them at 0 and `quadratic` squares them
+    up to 0.8 T, as the DDIM paper and code; `logsnr` spaces the half log SNR evenly from T - 1 to
+    0. Where alpha_bar is 0 (the last t of `jsd`) x_t holds nothing of x_0 and the step is left out.
+    """
+    T = diffusion.timesteps
+    count = T if count is None else count
+    if not 1 <= count <= T:
+        raise ValueError(f"timesteps {count} is outside 1 ... {T}, the steps of this model")
+    if count == 1 < T and spacing != "trailing":
+        raise ValueError(f"spacing {spacing} with 1 step would not start in noise; use trailing")
+    visible = int(torch.count_nonzero(diffusion.alpha_bar(torch.arange(T))))
+    if spacing == "logsnr":
+        known = [half_log_snr(diffusion.alpha_bar(t)) for t in range(visible)]
+        wanted = np.linspace(known[-1], known[0], count)
+        times = [int(np.abs(np.subtract(known, w)).argmin()) for w in wanted]
+    elif spacing == "trailing":
+        times = [round(T - i * T / count) - 1 for i in range(count)]
+    elif spacing == "uniform":
+        times = [i * T // count for i in range(count)]
+    else:
+        times = [int(x) for x in np.linspace(0, math.sqrt(0.8 * T), count) ** 2]
+    return sorted({t for t in times if t < visible}, reverse=True)
+
+
+SPACINGS = "trailing", "uniform", "quadratic", "logsnr"
+
+
+def reverse(
+    denoiser: Denoiser, x_T: Tensor, steps: list[Step], noise: Callable[[Step], Tensor]
+) -> Iterator[tuple[Step, Tensor, Tensor]]:
+    """Walk a step table from x_T to the data (Algorithm 2 for `ddpm` over all T).
+
+    Args:
+        denoiser: (x_t [B, C, H, W], t: int) -> x0_hat [B, C, H, W], clipped or not.
+        x_T: [B, C, H, W], standard normal.
+        noise: step -> z [B, C, H, W]; asked once for each step whose sigma is not 0, in order.
+
+    Yields:
+        (step, x_s, x0_hat) after each step; the last x_s is the last x0_hat.
+    """
+    states, estimates = [x_T], [x_T]  # newest first
+    longest = max((len(c) for step in steps for c in (step.x, step.x0)), default=1)
+    for step in steps:
+        if step.x0:
+            estimates = [denoiser(states[0], step.t), *estimates][:longest]
+        parts = [c * state for c, state in zip(step.x, states, strict=False)]
+        parts += [c * estimate for c, estimate in zip(step.x0, estimates, strict=False)]
+        if step.sigma:
+            parts.append(step.sigma * noise(step))
+        x = functools.reduce(torch.add, parts)
+        states = [x, *states][:longest]
+        yield step, x, estimates[0]
