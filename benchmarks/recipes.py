@@ -13,6 +13,7 @@ DPM-Solver++ (EMA weights, no guidance) on the features of a classifier of that 
 eps and bits/dim on held-out images.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -26,15 +27,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import typer
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from config import Config, load_config
 from dataset import Images, with_classes
+from diffusion_utils import from_uint8, to_uint8
 from evaluation.extractor import load_extractor
 from evaluation.likelihood import bits_per_dim, likelihood_scores
 from evaluation.metrics import Tally, compute
 from generation import make_denoiser
-from pl_utils import DDPM, quick_images
+from pl_utils import DDPM, TRAIN, quick_images, seed_of
 from training.datamodule import open_images, train_batches
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -80,7 +83,9 @@ RECIPES = {
     "beta2-0.99": ["training.beta2=0.99"],
     "beta2-0.95": ["training.beta2=0.95"],
     "adamw": ["training.optimizer=adamw", "training.weight_decay=0.01"],
-    "muon": [],  # below; not an optimizer of the project
+    "muon": [],  # these are below
+    "immiscible": [],
+    "augmented": [],
     "no-dropout": ["model.dropout=0"],
     "no-clip": ["training.gradient_clip_norm=null"],
 }
@@ -107,29 +112,32 @@ def found_runs() -> list[dict[str, Any]]:
     )
 
 
-def train(config: Config, images: Images, muon: bool) -> tuple[DDPM, float, float]:
+def train(config: Config, images: Images, kinds: list[str]) -> tuple[DDPM, float, float]:
     """Return a trained model, the share of clipped steps, and seconds."""
-    ddpm = DDPM(config)
-    optimizer: torch.optim.Optimizer = ddpm.configure_optimizers()
-    if muon:
-        optimizer = Muon(ddpm.unet.parameters(), config.training.learning_rate)
-    begin, clipped, steps = time.perf_counter(), 0.0, config.training.max_steps
+    ddpm = next((TRIALS[kind] for kind in kinds if kind in TRIALS), DDPM)(config)
+    optimizer = ddpm.configure_optimizers()
+    begin, steps = time.perf_counter(), config.training.max_steps
     for step, batch in zip(range(steps), train_batches(images, config), strict=False):
         ddpm.update(batch, optimizer, step=step)
-    clipped = ddpm.tally[4].item() / steps
-    return ddpm, clipped, time.perf_counter() - begin
+    return ddpm, ddpm.tally[4].item() / steps, time.perf_counter() - begin
 
 
 class Yardstick:
     """What all runs of a task are measured with: images, features, noise."""
 
     def __init__(self, config: Config, extractor: Path):
-        self.images = open_images(config)
+        self.images, self.classes = open_images(config), len(config.dataset.classes)
         self.extractor = load_extractor(str(extractor))
         train = self.images["train"]
         self.reference = self.tally(
             [train[list(range(i, min(i + 500, len(train))))][0] for i in range(0, len(train), 500)]
         ).statistics()
+        # the classes have the shares that they have in training
+        shares = (
+            torch.ones(1) if train.labels is None else train[list(range(len(train)))][1].mean(0)
+        )
+        ends = [0, *(shares.cumsum(0) / shares.sum() * IMAGES).round().long().tolist()]
+        self.seeds = list(itertools.pairwise(ends))
         held_out = self.images["validation"]
         count = min(ERRORS, len(held_out))
         self.batch = held_out[list(range(count))]
@@ -148,22 +156,22 @@ class Yardstick:
     def measure(self, ddpm: DDPM) -> dict[str, float]:
         """Return the scores of a model's EMA."""
         ddpm.eval()
-        classes, data, diffusion = (
-            len(ddpm.config.dataset.classes),
-            ddpm.config.dataset,
-            ddpm.diffusion,
-        )
-        labels = torch.eye(classes) if classes else [None]
+        data, diffusion = ddpm.config.dataset, ddpm.diffusion
+        classes = len(data.classes)
+        labels: Any = torch.eye(classes)[: self.classes] if classes else [None]
         batches = []
-        for i, label in enumerate(labels):
-            seeds = list(range(i * IMAGES // len(labels), (i + 1) * IMAGES // len(labels)))
+        for label, bounds in zip(labels, self.seeds, strict=True):
+            seeds = list(range(*bounds))
             batches += [x for _, x in quick_images(ddpm, ddpm.ema, seeds, label=label)]
         scores = compute(("fid", "kid", "pr"), self.tally(batches), self.reference)
         found = {name.partition("-")[0]: score.value for name, score in scores.items()}
 
         generator, total = torch.Generator().manual_seed(0), 0.0
         images = self.batch.images
-        count = len(images)
+        count, held_out = len(images), self.batch
+        if classes > self.classes:  # told that nothing was done to it
+            told = torch.zeros(count, classes - self.classes)
+            held_out = held_out._replace(labels=torch.cat([held_out.labels, told], 1))
         for _ in range(self.repeats):
             t = (
                 torch.arange(count) * diffusion.timesteps
@@ -171,7 +179,7 @@ class Yardstick:
             ) // count
             t = t[torch.randperm(count, generator=generator)]
             eps = torch.randn((count, *data.shape), generator=generator)
-            total += ddpm.validation_losses(ddpm.ema, self.batch, t, eps).mean().item()
+            total += ddpm.validation_losses(ddpm.ema, held_out, t, eps).mean().item()
         found["eps"] = total / self.repeats
         found["bits"] = self.bits(ddpm, labels)
         return found
@@ -182,7 +190,7 @@ class Yardstick:
         for label in labels:
             images, known = (part if part is None else part[:BITS] for part in self.batch)
             if label is not None:
-                images = images[(known == label).all(dim=1)]
+                images = images[(known == label[: self.classes]).all(dim=1)]
             bound = bits_per_dim(
                 make_denoiser(ddpm.ema, ddpm.diffusion, label=label),
                 ddpm.diffusion,
@@ -195,6 +203,9 @@ class Yardstick:
             scores = likelihood_scores(bound, stride=stride, timesteps=ddpm.diffusion.timesteps)
             total += next(iter(scores.values())).value * len(images) / BITS
         return total
+
+
+# ---- what was tried and is no part of the project
 
 
 class Muon(torch.optim.Optimizer):
@@ -232,6 +243,67 @@ class Muon(torch.optim.Optimizer):
                 w -= group["lr"] * u.reshape(w.shape)
 
 
+class WithMuon(DDPM):
+    """Learns by Muon."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return Muon(self.unet.parameters(), self.config.training.learning_rate)
+
+
+class Immiscible(DDPM):
+    """Gives each image of a batch the noise that is near it (Li et al. 2024), one to one."""
+
+    def update(self, batch: Any, *args: Any, **how: Any) -> None:
+        self.images = from_uint8(batch.images).flatten(1)
+        super().update(batch, *args, **how)
+
+    def draw(self, stream: int, index: int, count: int) -> Any:
+        draws = super().draw(stream, index, count)
+        if stream != TRAIN:
+            return draws
+        far = torch.cdist(self.images, draws.eps.flatten(1)).square()
+        return draws._replace(eps=draws.eps[linear_sum_assignment(far)[1]])
+
+
+class Augmented(DDPM):
+    """Turns, scales, stretches and shifts some images, and tells the network (EDM, App. F.2).
+
+    What was done is told through further columns of the labels; images without a label, which are
+    told nothing, stay as they are.
+    """
+
+    SHARE, TOLD = 0.12, 6  # of each kind; numbers that are told
+
+    def __init__(self, config: Config):
+        classes = [*config.dataset.classes, *(f"augmented {i}" for i in range(self.TOLD))]
+        data = config.dataset.model_copy(update={"classes": classes})
+        super().__init__(config.model_copy(update={"dataset": data}))
+
+    def update(self, batch: Any, *args: Any, step: int, **how: Any) -> None:
+        count = len(batch.images)
+        generator = torch.Generator().manual_seed(seed_of(self.config.training.seed, 99, step))
+        size = torch.randn(count, self.TOLD, generator=generator)
+        some = torch.rand(count, self.TOLD, generator=generator) < self.SHARE
+        told = size * some * self.draw(TRAIN, step, count).labelled[:, None]
+        scale, angle, stretch, way, dx, dy = told.unbind(1)
+        scale, stretch, angle = 2 ** (0.2 * scale), 2 ** (0.2 * stretch), 0.35 * angle
+        turn = lambda a: torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], 1).view(-1, 2, 2)
+        wide = torch.stack([scale * stretch, scale / stretch], 1).diag_embed()
+        linear = turn(angle + way) @ wide @ turn(-way)
+        affine = torch.cat([linear, 0.125 * torch.stack([dx, dy], 1)[..., None]], 2)
+        x = from_uint8(batch.images)
+        grid = torch.nn.functional.affine_grid(affine, list(x.shape), align_corners=False)
+        warped = torch.nn.functional.grid_sample(
+            x, grid, mode="bicubic", padding_mode="border", align_corners=False
+        )
+        images = torch.where(told.any(1)[:, None, None, None], to_uint8(warped), batch.images)
+        labels = torch.cat([batch.labels, told], 1)
+        super().update(batch._replace(images=images, labels=labels), *args, step=step, **how)
+
+
+TRIALS = {"muon": WithMuon, "immiscible": Immiscible, "augmented": Augmented}
+
+
 @app.command()
 def run(
     task: str,
@@ -249,9 +321,7 @@ def run(
                 continue
             config = with_classes(configure(task, recipe, seed))
             yardstick = yardstick or Yardstick(config, extractor)
-            ddpm, clipped, seconds = train(
-                config, yardstick.images["train"], "muon" in recipe.split("+")
-            )
+            ddpm, clipped, seconds = train(config, yardstick.images["train"], recipe.split("+"))
             scores = {**yardstick.measure(ddpm), "clipped": clipped, "seconds": seconds}
             commit = subprocess.run(
                 ["git", "describe", "--always"], capture_output=True, text=True
