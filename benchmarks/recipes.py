@@ -46,6 +46,7 @@ FASHION = [
     "dataset.root=/usr/share/datasets/fashion-mnist", "model.base_channels=32",
     "model.num_res_blocks=1", "training.batch_size=64", "training.max_steps=1200",
     "training.learning_rate=1e-3", "training.warmup_steps=100", "training.ema_decay=0.995",
+    "model.dropout=0",
 ]  # fmt: skip
 TASKS = {  # config, overrides
     "digits": ("digits", ["training.max_steps=2800"]),
@@ -74,6 +75,9 @@ RECIPES = {
     "p2": ["training.loss_weight=p2"],
     "sigmoid": ["training.loss_weight=sigmoid"],
     "normal": ["training.t_density=normal"],
+    "wide": [
+        "training.t_density=normal", "training.t_density_mean=1", "training.t_density_width=3"
+    ],
     "stratified": ["training.t_stratified=true"],
     "cosine-betas": ["diffusion.beta_schedule=cosine"],
     "linear-betas": ["diffusion.beta_schedule=linear"],
@@ -86,9 +90,9 @@ RECIPES = {
     "muon": [],  # these are below
     "immiscible": [],
     "augmented": [],
-    "no-dropout": ["model.dropout=0"],
+    "dropout": ["model.dropout=0.1"],
     "no-clip": ["training.gradient_clip_norm=null"],
-}
+}  # fmt: skip
 COLUMNS = "FID", "KID", "precision", "recall", "eps", "bits", "clipped", "seconds"
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
