@@ -49,7 +49,8 @@ FASHION = [
     "model.dropout=0",
 ]  # fmt: skip
 TASKS = {  # config, overrides
-    "digits": ("digits", ["training.max_steps=2800"]),
+    "digits": ("digits", ["training.max_steps=1000", "training.ema_decay=0.995"]),
+    "digits-as-shipped": ("digits", []),
     "fashion16": (
         "fashion_mnist", [*FASHION, "dataset.image_size=16", "model.attention_resolutions=[8]"]
     ),
