@@ -7,6 +7,7 @@ checkpoint. `model`, `diffusion`, `sampling` and `guidance` mirror one construct
 (`evaluation`). Facts of the data are written once, under `dataset`. Defaults live here only.
 """
 
+import math
 import os
 import reprlib
 import sys
@@ -171,6 +172,10 @@ class TrainingConfig(Section):
     """largest norm of the global batch's gradient; null does not clip"""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """decay of the weights' moving average, which samples"""
+    ema: Literal["constant", "warmup", "power"] = "constant"
+    """constant (the paper's) at ema_decay; warmup up to it; power, of the first of ema_lengths"""
+    ema_lengths: list[Annotated[float, Field(gt=0, lt=0.28)]] = []
+    """relative lengths of power EMAs that are kept besides, for `convert.py ema`"""
     loss_weight: Literal["eps", "x0", "v", "min-snr", "soft-min-snr", "p2", "sigmoid"] = "eps"
     """weight of the eps error over t: eps (the paper's) is 1; docs/recipes.md has the others"""
     loss_weight_gamma: float | None = None
@@ -202,6 +207,8 @@ class TrainingConfig(Section):
             raise ValueError("t_density_mean and t_density_width belong to t_density=normal")
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(f"weight_decay {self.weight_decay} belongs to optimizer=adamw")
+        if self.ema == "power" and not self.ema_lengths:
+            raise ValueError("ema=power has no ema_lengths; try training.ema_lengths=[0.05,0.1]")
         return self
 
 
@@ -243,6 +250,8 @@ class LoggingConfig(Section):
     """steps between checkpoints; 0 saves at the end only"""
     keep_checkpoints: int = free(3, ge=1)
     """how many of the newest checkpoints stay"""
+    ema_snapshot_every: int | None = free(None, ge=0)
+    """steps between snapshots of training.ema_lengths; null is 32 a run, 0 is never"""
 
     @field_validator("logger", mode="before")
     @classmethod
@@ -332,6 +341,12 @@ class Config(Section):
         if steps is not None and steps > T:
             raise ValueError(f"sampling.timesteps {steps} is more than diffusion.timesteps {T}")
         return self
+
+
+def exponent(length: float) -> float:
+    """Return gamma > 0 of a power EMA of so relative a length (Karras et al. 2024, Eq. 123)."""
+    root = math.sqrt(3 / length**2 + 1)  # a cubic, solved by cosines
+    return (2 * root * math.cos(math.acos((5 - 6 * root**2) / root**3) / 3) - 7) / 3
 
 
 def divisors(n: int) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert weights of other DDPM codes to ours, and ours to theirs.
+"""Convert weights of other DDPM codes to ours, and ours to theirs; make EMAs after training.
 
 Examples:
 
@@ -8,6 +8,7 @@ Examples:
   python convert.py import ema_cifar10.ckpt cifar10.ckpt dataset.name=cifar10
   python convert.py export lightning_logs/digits digits-diffusers
   python convert.py export lightning_logs/digits digits.safetensors --format safetensors
+  python convert.py ema lightning_logs/digits --length 0.08
 """
 
 if __name__ == "__main__":
@@ -78,6 +79,29 @@ def export(
     from weights.export import export_model
 
     plain_console().print(export_model(checkpoint, out, format, weights, license))
+
+
+@app.command()
+@one_message()
+def ema(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    length: Annotated[float, typer.Option(help="Its relative length, below 0.28.")],
+    step: Annotated[
+        int | None, typer.Option(help="A snapshot's step. Default: the newest.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A .safetensors file. Default: one in RUN/ema.")
+    ] = None,
+) -> None:
+    """Make the EMA of any length after training, from the snapshots of a few.
+
+    The length is the EMA's width in parts of the run (Karras et al. 2024): 0.1 averages about its
+    last fifth. A run writes snapshots where it has training.ema_lengths, say [0.05, 0.1].
+    """
+    from weights.ema import rebuild
+
+    about, path = rebuild(run, length, step, output)
+    plain_console().print(f"{about}\nto sample: python sample.py {path}")
 
 
 if __name__ == "__main__":

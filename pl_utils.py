@@ -21,7 +21,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from config import Config
+from config import Config, TrainingConfig, exponent
 from dataset import Batch
 from diffusion_utils import (
     CELLS,
@@ -53,6 +53,29 @@ RATE_DECAYS: dict[str, Callable[[int, int, int], float]] = {
 def done(step: int, start: int, end: int) -> float:
     """Return the share of start ... end that lies before a step."""
     return min(1.0, (step - start) / max(1, end - start))
+
+
+def power_decay(length: float, n: int) -> float:
+    """Return the decay of update n = 1, 2, ... of a power EMA (Karras et al. 2024, Eq. 127)."""
+    return (1 - 1 / n) ** (exponent(length) + 1)  # 0 at first, which copies
+
+
+# the decay of the EMA's update n = 1, 2, ...
+DECAYS: dict[str, Callable[[TrainingConfig, int], float]] = {
+    "constant": lambda training, n: training.ema_decay,
+    "warmup": lambda training, n: min(training.ema_decay, n / (9 + n)),
+    "power": lambda training, n: power_decay(training.ema_lengths[0], n),
+}
+
+
+def initial_share(training: TrainingConfig, step: int) -> float:
+    """Return the share of initial weights in the EMA: the product of its decays up to a step."""
+    if training.ema == "power":
+        return float(step == 0)
+    decay, ramp = training.ema_decay, 0
+    if training.ema == "warmup":  # n / (9 + n) up to here
+        ramp = min(step, int(9 * decay / (1 - decay)))
+    return decay ** (step - ramp) / math.comb(9 + ramp, 9)
 
 
 def seed_of(*key: int) -> int:
@@ -238,7 +261,8 @@ class DDPM(pl.LightningModule):
             optimizer.zero_grad()  # Adam passes over what has no gradient
         (update or optimizer.step)()
         optimizer.zero_grad()
-        get_ema_multi_avg_fn(config.ema_decay)(self._ema_weights, weights, None)
+        decay = DECAYS[config.ema](config, step + 1)
+        get_ema_multi_avg_fn(decay)(self._ema_weights, weights, None)
 
         self.streak.add_(1).mul_(skip)
         torch.maximum(self.longest_streak, self.streak, out=self.longest_streak)
@@ -367,4 +391,4 @@ def preview_grid(module: DDPM, network: Network, count: int) -> Tensor:
 
 def compared_weights(config: Config, step: int) -> tuple[str, ...]:
     """Return whose previews and losses are logged: raw ones too while over 1% of EMA is initial."""
-    return ("ema", "raw") if config.training.ema_decay**step > 0.01 else ("ema",)
+    return ("ema", "raw") if initial_share(config.training, step) > 0.01 else ("ema",)

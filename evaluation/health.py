@@ -26,6 +26,7 @@ from evaluation.yardsticks import (
     memoriser_set,
 )
 from pl_utils import SAMPLED as SAMPLED
+from pl_utils import initial_share
 from weights import Model, load_model
 
 WEIGHTS = {"ema": "EMA", "raw": "raw weights"}
@@ -134,7 +135,7 @@ class Health:
     def remembered(self) -> float:
         """The share of initial weights in the EMA."""
         ema = self.step and any(weights == "ema" for weights, _ in self.losses)
-        return self.config.training.ema_decay**self.step if ema else 0.0
+        return initial_share(self.config.training, self.step) if ema else 0.0
 
     def summary(self) -> str:
         """Return the state of a run in one line."""
@@ -166,7 +167,7 @@ class Health:
         loss = min(known, default=math.nan)
         # a young network that aims at x_0 has a loss far above 1
         too_high = loss >= 1 and self.config.diffusion.prediction != "x0"
-        forgets = training.ema_decay**training.max_steps < 0.01
+        forgets = initial_share(training, training.max_steps) < 0.01
         if self.step <= training.warmup_steps and self.step:
             pass  # it is young
         elif too_high or math.isnan(loss):
@@ -230,7 +231,7 @@ def advice_before(
     if (flat := float(yardsticks.flat)) > 0.1:
         text = f"{flat:.0%} of the images are nearly of one color: see"
         yield Advice("flat", f"{text} `python dataset.py CONFIG`")
-    if (left := training.ema_decay**steps) > 0.01:
+    if (left := initial_share(training, steps)) > 0.01:
         suits = 1 - float(f"{1 - 0.001 ** (1 / steps):.0e}")
         text = f"the EMA is too slow for {steps:,} steps: {left:.0%} of it will be initial weights"
         hint = f"lower training.ema_decay ({training.ema_decay}) to {suits:.6g}"

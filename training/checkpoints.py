@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,7 @@ class Checkpoints(pl.Callback):
             here = self._path(trainer.global_step)
             for path in saved_steps(self.folder):
                 if path.name > here.name:
-                    names = (path.with_name(f"{path.name}.aside{n}") for n in chain([""], count(2)))
-                    print(f"set aside: {path.rename(next(p for p in names if not p.exists()))}")
+                    print(f"set aside: {set_aside(path)}")
             if here.exists():
                 point_last_to(here)
             for leftover in self.folder.glob(".*.tmp"):
@@ -215,6 +214,12 @@ class Checkpoints(pl.Callback):
     def teardown(self, *_: Any, **__: Any) -> None:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file to NAME.aside, or .aside2, ...; return where it is."""
+    names = (path.with_name(f"{path.name}.aside{n if n > 1 else ''}") for n in count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def requeue_slurm_job() -> None:

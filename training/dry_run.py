@@ -16,6 +16,7 @@ from dataset import Batch, Images
 from generation import quick_steps
 from model import Network, build_network
 from pl_utils import DDPM, SAMPLED, compared_weights, quick_images
+from training.averages import disk_cost
 from training.datamodule import open_images, train_batches
 from training.fitting import FitIntoMemory
 from training.hardware import LiveBytes, count_flops, duration, memory, si, timed
@@ -213,6 +214,7 @@ def measure(config: Config, dollars_per_hour: float | None = None) -> dict[str, 
         "preview": f"{logging.preview_images} images",
         "validation": f"{validated:,} images",
         "checkpoint": f"{size / 1e6:,.4g} MB",
+        "snapshots": disk_cost(config, parameters) or "none",
         "run": f"{duration(sum(whole))} for {training.max_steps:,} steps, "
         f"{si(run_flops, 'FLOP')}{without}",
     }

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from config import Config
 from files import atomic_write, explained, to_yaml
 from pl_utils import DDPM
+from training.averages import disk_cost
+from weights.export import about_ema
 
 
 class Monitor(pl.Callback):
@@ -49,6 +51,7 @@ class Monitor(pl.Callback):
         micro = module.micro or share
         epochs = training.max_steps * training.batch_size / len(images["train"])
         classes = f", {len(data.classes)} classes" if data.classes else ""
+        snapshots = f"\nsnapshots: {cost}" if (cost := disk_cost(self.config, parameters)) else ""
         self.console.print(
             f"data: {data.name}, {len(images['train']):,} images of "
             f"{'x'.join(map(str, data.shape))}, {len(images['validation']):,} "
@@ -58,7 +61,8 @@ class Monitor(pl.Callback):
             f"training: {training.max_steps:,} steps ({epochs:,.0f} epochs) of "
             f"{training.batch_size} images = {trainer.world_size} device(s) x "
             f"{share // micro} micro-batch(es) x {micro}, learning rate "
-            f"{training.learning_rate:g}, EMA {training.ema_decay}, seed {training.seed}"
+            f"{training.learning_rate:g}, EMA {about_ema(training)}, "
+            f"seed {training.seed}{snapshots}"
         )
         if trainer.is_global_zero:  # a folder with this file holds a run
             with atomic_write(self.run / "config.yml") as temporary:

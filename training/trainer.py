@@ -18,6 +18,7 @@ from rich.console import Console
 from config import Config, divisors
 from files import atomic_write, explained
 from pl_utils import Previews
+from training.averages import Averages
 from training.checkpoints import Checkpoints, OnFailure
 from training.fitting import FitIntoMemory
 from training.monitor import Monitor
@@ -63,7 +64,8 @@ def build_trainer(
     check_division(config.training.batch_size, hardware.micro_batch_size, ranks)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
     path, step = (loaded[0], loaded[1]["global_step"]) if loaded else (None, 0)
-    ours = [
+    ours: list[pl.Callback] = [Averages(config, run)] if config.training.ema_lengths else []
+    ours += [
         FitIntoMemory(config, step),
         Monitor(config, run, console),
         Checkpoints(run / "checkpoints", config, path, on_failure),

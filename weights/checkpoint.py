@@ -117,9 +117,10 @@ def _peek(path: Path) -> Any:
         return None
 
 
-def saved_steps(folder: Path) -> list[Path]:
-    """Return the checkpoints that training has saved, oldest first; other names are a person's."""
-    return sorted(p for p in folder.glob("step-*.ckpt") if re.fullmatch(r"step-\d{8,}", p.stem))
+def saved_steps(folder: Path, suffix: str = ".ckpt") -> list[Path]:
+    """Return the files that training has saved, oldest first; other names are a person's."""
+    found = folder.glob(f"step-*{suffix}")
+    return sorted(p for p in found if re.fullmatch(r"step-\d{8,}", p.stem))
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, dict]:

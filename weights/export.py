@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from config import Config
+from config import Config, TrainingConfig
 from files import atomic_write, differences, to_yaml
 from weights.checkpoint import write_checkpoint
 from weights.dialects import rename, to_diffusers
@@ -90,6 +90,13 @@ def summary(model: Model) -> str:
     )
 
 
+def about_ema(training: TrainingConfig) -> str:
+    """Return which EMA samples, in words."""
+    if training.ema == "power":
+        return f"relative length {training.ema_lengths[0]:g}"
+    return f"decay {'up to ' * (training.ema == 'warmup')}{training.ema_decay}"
+
+
 def tensors_of(network: nn.Module) -> dict[str, Tensor]:
     """Return the weights by name, contiguous."""
     return {name: value.contiguous() for name, value in network.state_dict().items()}
@@ -144,7 +151,7 @@ def model_card(model: Model, license: str) -> str:
     config = model.config
     height, width = config.dataset.size
     size = f"{height}x{width}"
-    ema = f"the EMA of the weights, decay {config.training.ema_decay}"
+    ema = f"the EMA of the weights, {about_ema(config.training)}"
     which = ema if model.weights == "ema" else "the last training weights, not their EMA"
     kind = "class-conditional" if config.dataset.classes else "unconditional"
     task = "" if config.dataset.classes else f"pipeline_tag: {kind}-image-generation\n"

@@ -103,7 +103,7 @@ def _locate(path: Path) -> tuple[Path, Path | None, Any, dict[str, Any]]:
     if path.is_dir():
         path, data = newest_checkpoint(path)
         return path, None, data, {}
-    return path, None, *_read_tensors(path)
+    return path, None, *read_tensors(path)
 
 
 def copy_tensors(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
@@ -189,11 +189,11 @@ def _read_diffusers_tensors(folder: Path) -> dict[str, Tensor]:
     for end in ("safetensors", "bin", "*.safetensors", "*.bin"):
         for path in sorted(folder.glob(f"{stem}.{end}")):
             if path.is_file():
-                return to_our_names(_read_tensors(path)[0])
+                return to_our_names(read_tensors(path)[0])
     raise FileNotFoundError(f"{folder} holds no {stem}.safetensors or .bin")
 
 
-def _read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
+def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
     """Return what a file of any kind holds, and the metadata of a safetensors file."""
     if path.suffix not in (".safetensors", ".npz"):
         return read_plain(path), {}
@@ -234,7 +234,7 @@ def _read_tensorflow(path: Path) -> dict[str, Tensor]:
         command = [sys.executable, "-c", _TENSORFLOW_TO_NPZ, str(prefix), str(arrays)]
         done = subprocess.run(command, capture_output=True, text=True)
         if not done.returncode:
-            return _read_tensors(arrays)[0]
+            return read_tensors(arrays)[0]
     reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
     if "No module named 'tensorflow'" in reason:
         reason = "`pip install tensorflow-cpu` to read it"
