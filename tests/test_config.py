@@ -146,7 +146,7 @@ def test_older_files_load_and_say_what_moved(capsys):
     for section in ("hardware", "logging", "evaluation"):
         tree["training"] |= tree.pop(section)
     assert check_config(tree, source="old.yml") == load_config(DIGITS)
-    assert capsys.readouterr().err.startswith("old.yml: moved from training to 19 keys of")
+    assert capsys.readouterr().err.startswith("old.yml: moved from training to 20 keys of")
     assert load_config(DIGITS, ["training.devices=2"]).hardware.devices == 2
     assert (
         capsys.readouterr().err == "configs/digits.yml: moved from training to hardware.devices\n"

@@ -66,7 +66,7 @@ def snapshot_interval(config: Config) -> int:
     """Return the steps between snapshots; 0 is never."""
     every = config.logging.ema_snapshot_every
     if every is None:
-        every = max(1, config.training.max_steps // 64)
+        every = max(1, config.training.max_steps // 32)
     return every if config.training.ema_lengths else 0
 
 

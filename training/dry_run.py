@@ -214,13 +214,14 @@ def measure(config: Config, dollars_per_hour: float | None = None) -> dict[str, 
         "preview": f"{logging.preview_images} images",
         "validation": f"{validated:,} images",
         "checkpoint": f"{size / 1e6:,.4g} MB",
-        "snapshots": disk_cost(config, parameters) or "none",
         "run": f"{duration(sum(whole))} for {training.max_steps:,} steps, "
         f"{si(run_flops, 'FLOP')}{without}",
     }
     for key, seconds, total in zip(Seconds._fields[1:], once[1:], whole[1:], strict=True):
         share = f"{total / sum(whole):.2%} of the time"
         rows[key] = f"{duration(seconds)} for {rows[key]}; {share}" if total else "none"
+    if cost := disk_cost(config, parameters):
+        rows["snapshots"] = cost
     eflop, dollars = QUOTES.get(name, (0, 0))
     same = math.isclose(run_flops / 1e18, eflop, rel_tol=0.001)
     rows["cost"] = price(sum(whole) / 3600, dollars_per_hour, dollars if same else None)

@@ -174,7 +174,9 @@ def model(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "configs").symlink_to(PROJECT / "configs")
-    code, said = execute(f"train.py {SMALL} logging.results_folder=runs", folder)
+    code, said = execute(
+        f"train.py {SMALL} training.ema_lengths=[0.1] logging.results_folder=runs", folder
+    )
     assert code == 0, said
     (folder / "pictures").mkdir()
     for i in range(4):
@@ -188,7 +190,7 @@ def new_place(model, tmp_path):
     def new(name: str) -> Path:
         place = tmp_path / name
         place.mkdir()
-        for path in ("configs", "pictures", "net.pt"):
+        for path in ("configs", "pictures", "net.pt", "runs"):
             (place / path).symlink_to(model / path)
         (place / "model.ckpt").symlink_to(model / "runs/smoke/checkpoints/last.ckpt")
         return place
@@ -220,9 +222,13 @@ def test_training(new_place):
         state = data["optimizer_states"][0]["state"]
         tensors = [*data["state_dict"].values()]
         tensors += [value for i in sorted(state) for value in state[i].values()]
-        return [str(data["global_step"]).encode(), *(t.numpy().tobytes() for t in tensors)]
+        snapshots = [p.read_bytes() for p in sorted(place.glob("target/r/ema/*.safetensors"))]
+        tensors = [t.numpy().tobytes() for t in tensors]
+        return [str(data["global_step"]).encode(), *tensors, *snapshots]
 
-    command = f"train.py {SMALL} logging.results_folder=target --run-name r"
+    command = (
+        f"train.py {SMALL} training.ema_lengths=[0.1] logging.results_folder=target --run-name r"
+    )
     disturb(command, new_place, result, to_continue="--continue-training")
 
 
@@ -234,12 +240,13 @@ def test_training(new_place):
         "dataset.cache=target/cache --contact-sheet target/sheet.png",
         "convert.py export model.ckpt target/exported",
         "convert.py export model.ckpt target/model.safetensors --format safetensors",
+        "convert.py ema runs/smoke --length 0.08 --output target/ema.safetensors",
         "convert.py import pretrained.safetensors target/new.ckpt",
         "evaluate.py model.ckpt --metrics fid,nll --num-images 6 --nll-images 4 --stride 10 "
         "--sampler ddim --timesteps 2 --batch-size 4 --save-images --output target/e "
         "--extractor net.pt --device cpu",
     ],
-    ids=["sample", "decode", "diffusers", "safetensors", "import", "evaluate"],
+    ids=["sample", "decode", "diffusers", "safetensors", "ema", "import", "evaluate"],
 )
 def test_other_commands(command, new_place):
     command = command.replace("pretrained", str(PROJECT / "pretrained/digits"))
