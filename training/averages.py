@@ -11,8 +11,7 @@ from config import Config
 from pl_utils import DDPM, power_decay
 from training.checkpoints import set_aside
 from weights import saved_steps
-from weights.ema import SUFFIX, write_snapshot
-from weights.ema import Averages as ByLength
+from weights.ema import SUFFIX, ByLength, write_snapshot
 
 
 class Averages(pl.Callback):
@@ -77,4 +76,6 @@ def disk_cost(config: Config, parameters: int) -> str:
     last = config.training.max_steps
     count = len({*range(every, last + 1, every), last})
     size = 2 * parameters * len({*config.training.ema_lengths})
-    return f"{count} x {size / 1e6:,.4g} MB = {count * size / 1e9:,.3g} GB, each {every:,} steps"
+    return (
+        f"{count} x {size / 1e6:,.4g} MB = {count * size / 1e6:,.4g} MB, one every {every:,} steps"
+    )

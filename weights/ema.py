@@ -19,10 +19,10 @@ from weights.load import ModelFiles, read_tensors
 from weights.model import model_of
 
 SUFFIX = ".safetensors"
-Averages = dict[float, dict[str, Tensor]]  # by relative length: tensors by name
+ByLength = dict[float, dict[str, Tensor]]  # by relative length: tensors by name
 
 
-def write_snapshot(averages: Averages, path: Path) -> None:
+def write_snapshot(averages: ByLength, path: Path) -> None:
     """Write averages in float16, the same bytes each time, or raise OSError and change nothing."""
     halves = {
         f"{length}/{name}": value.to("cpu", torch.float16).contiguous()

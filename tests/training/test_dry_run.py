@@ -128,7 +128,7 @@ def test_it_prints_all_and_leaves_nothing(place, monkeypatch):
     rows = dict(line.split(": ", 1) for line in output.splitlines())
     assert list(rows) == [
         "hardware", "data", "network", "step", "speed", "memory", "preview", "validation",
-        "checkpoint", "run", "cost",
+        "checkpoint", "run", "snapshots", "cost",
     ]  # fmt: skip
     assert rows["network"].startswith("44,969 parameters")
     assert "1,617 images, 180 for validation" in rows["data"]
