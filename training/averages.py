@@ -33,10 +33,8 @@ class Averages(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, DDPM)
-        self.weights, before = (
-            {k: p.detach() for k, p in module.unet.named_parameters()},
-            self.averages,
-        )
+        self.weights = {name: p.detach() for name, p in module.unet.named_parameters()}
+        before = self.averages  # of the checkpoint, on the CPU
         self.averages = {
             length: {name: torch.zeros_like(p) for name, p in self.weights.items()}
             for length in self.config.training.ema_lengths

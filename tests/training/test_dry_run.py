@@ -124,6 +124,7 @@ SMOKE = "train.py configs/smoke.yml hardware.accelerator=cpu"
 
 def test_it_prints_all_and_leaves_nothing(place, monkeypatch):
     every = "logging.preview_every=2 evaluation.validate_every=3 logging.save_every=2"
+    every += " training.ema_lengths=[0.1]"
     output = invoke(f"{SMOKE} {every} --dollars-per-hour 2", place, monkeypatch, code=0)
     rows = dict(line.split(": ", 1) for line in output.splitlines())
     assert list(rows) == [
@@ -131,6 +132,7 @@ def test_it_prints_all_and_leaves_nothing(place, monkeypatch):
         "checkpoint", "run", "snapshots", "cost",
     ]  # fmt: skip
     assert rows["network"].startswith("44,969 parameters")
+    assert rows["snapshots"] == "6 x 0.08994 MB = 0.5396 MB, one every 1 steps"
     assert "1,617 images, 180 for validation" in rows["data"]
     assert "at $2.00 an hour" in rows["cost"]
     assert "quoted" not in output
