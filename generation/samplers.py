@@ -118,12 +118,14 @@ def sde_dpm_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> l
 def multistep(diffusion: GaussianDiffusion, steps: list[Step], order: int) -> list[Step]:
     """Extrapolate x0_hat along each step from the last `order` estimates (Lu et al. 2022, Alg. 2).
 
-    The first steps know fewer; the last takes the estimate as it is.
+    The first steps know fewer; the last takes the estimate as it is. Of fewer than 15 steps the one
+    before it is of the second order at most, as in their code.
     """
     levels = [half_log_snr(diffusion.alpha_bar(step.t)) for step in steps]
     found = steps[:1]
     for i, step in enumerate(steps[1:-1], 1):
-        weights = quadrature(levels[i + 1] - levels[i], levels[i::-1][:order], levels[i])
+        most = order if len(steps) >= 15 else min(order, len(steps) - i)
+        weights = quadrature(levels[i + 1] - levels[i], levels[i::-1][:most], levels[i])
         found.append(step._replace(x0=(*(step.x0[0] * weights / weights.sum()).tolist(),)))
     return found + steps[1:][-1:]
 
@@ -145,7 +147,7 @@ def quadrature(h: float, known: list[float], start: float) -> np.ndarray:
 
 
 def unipc_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list[Step]:
-    """Return UniPC-2's table with B_2(h) = e^h - 1 (Zhao et al. 2023, Algorithms 1 and 2).
+    """Return UniPC-2's table with B_2(h) = e^h - 1 (Zhao et al. 2023).
 
     A step predicts x_s as `dpm++`; once the network has been asked there, the step is taken again
     with what it said. Both begin with the same multiple of x_t, so that the corrected state is the
