@@ -58,7 +58,7 @@ def errors(d, sampler, counts):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "order"), [("ddim", 1), ("dpm++", 2), ("dpm++3", 3), ("unipc", 3)]
+    ("sampler", "order"), [("ddim", 1), ("heun", 2), ("dpm++", 2), ("dpm++3", 3), ("unipc", 3)]
 )
 def test_the_order_of_convergence(fine, sampler, order):
     counts = [20, 40, 80, 160]
