@@ -154,6 +154,7 @@ def sampling_keys(incomplete: str) -> list[str]:
 STEERING = "sampling", "guidance"  # sections that have an option for each key
 ALSO = {
     "class_label": (list[str], "What to draw: a class, several (2,5), or all; a row for each."),
+    "fast": (bool, "Draw in few network calls; what else is said here wins."),
     "guide": (Path, "A weaker model that guidance leads away from; default: it without labels."),
 }
 
@@ -179,7 +180,7 @@ def sampling_options(command: Callable) -> Callable:
 
     --eta 0.5 is an alias of `sampling.eta=0.5`, and --guidance-scale 2 of `guidance.scale=2`, which
     may follow the arguments. The command takes all as `sampling`, a dict of those that were given,
-    with `class_label`, a list, and `guide`, a path.
+    with `class_label`, a list, `guide`, a path, and `fast`.
     """
     parameters = dict(inspect.signature(command).parameters)
     del parameters["sampling"]
@@ -195,7 +196,8 @@ def sampling_options(command: Callable) -> Callable:
         str,
         typer.Option(metavar="LO,HI", help=f"{interval.description}."),
     )
-    options |= {name: (kind, typer.Option(help=text)) for name, (kind, text) in ALSO.items()}
+    for name, (kind, text) in ALSO.items():
+        options[name] = kind, typer.Option(f"--{name.replace('_', '-')}", help=text)
     for name, (kind, option) in options.items():
         parameters[name] = inspect.Parameter(
             name,

@@ -275,16 +275,16 @@ class EvaluationConfig(Section):
 class SamplingConfig(Section):
     """The reverse process: what `sample.py` does unless told otherwise."""
 
-    sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = free("ddpm")
-    """ddpm (Algorithm 2), ddim, dpm++ (good at 20 steps) or heun"""
+    sampler: Literal["ddpm", "ddim", "dpm++", "dpm++3", "sde-dpm++", "unipc", "heun"] = free("ddpm")
+    """ddpm (Algorithm 2), ddim, dpm++ (good at 20 steps), dpm++3, sde-dpm++, unipc or heun"""
     variance: Literal["large", "small"] = free("large")
     """ddpm's: large (the paper's CIFAR-10) or small (its 256x256)"""
     eta: float = free(0.0, ge=0, le=1)
     """ddim's noise: 0 none, 1 as ddpm small"""
     timesteps: int | None = free(None, ge=1)
     """sampling steps; null is all T"""
-    spacing: Literal["trailing", "uniform", "quadratic", "logsnr"] = free("trailing")
-    """which of the T steps, when fewer: trailing, uniform, quadratic, logsnr"""
+    spacing: Literal["trailing", "uniform", "quadratic", "logsnr", "karras"] = free("trailing")
+    """which of the T steps, when fewer: trailing, uniform, quadratic, logsnr, karras"""
 
 
 class GuidanceConfig(Section):

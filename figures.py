@@ -51,7 +51,7 @@ Examples:
 Kind = Literal[
     "progressive", "interpolation", "neighbours", "rate-distortion", "chain", "schedule", "health"
 ]
-HOW = (*fields_of("sampling"),)
+HOW = (*fields_of("sampling"), "fast")
 STEERING = "class_label", "guidance_scale", "guidance_interval", "guide"
 SAMPLING = (*HOW, *STEERING)
 TAKES = {  # options that not all kinds take

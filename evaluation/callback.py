@@ -30,7 +30,7 @@ from evaluation.health import Advice, Health, advice_before, searched_in
 from evaluation.metrics import Tally, compute, spread
 from evaluation.yardsticks import by_quarter, get_yardsticks
 from files import explained
-from generation import quick_steps
+from generation import quick_settings, quick_steps
 from generation.recipe import label_vector
 from model import at_precision
 from pl_utils import DDPM, SAMPLED, VALIDATION_TAGS, quick_images
@@ -102,7 +102,8 @@ class Evaluation(pl.Callback):
             tally.add(seeds, *self.extractor(images.to(self.ranks.device)))
         self.ranks.add_up(*tally.tensors())
         if self.ranks.is_first:
-            by = f"dpm++ {len(quick_steps(module.diffusion))}"
+            steps = quick_steps(module.diffusion)
+            by = f"{quick_settings(module.diffusion)['sampler']} {len(steps)}"
             wanted = ("fid", "is", "kid") if tally.classes else ("fid", "kid")
             scores = compute(wanted, tally, self.reference)
             lowest = {metric: scores[name].value for metric in ("fid", "kid")

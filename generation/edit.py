@@ -41,13 +41,15 @@ def digest(pixels: Tensor) -> str:
 def steps_from(steps: list[Step], t: float) -> list[Step]:
     """Return the part of a step table from t on, inclusive, or from the next time that it visits.
 
-    It starts where no earlier state is needed. Earlier estimates are missing there: the sum of
-    their coefficients makes the first step one of the first order.
+    It starts where no earlier state is needed. Earlier estimates are missing there: the oldest that
+    there is stands for them, so that the first step is one of the first order.
     """
     starts = [i for i, step in enumerate(steps) if len(step.x) == 1]
     start = next((i for i in starts if steps[i].t <= t), starts[-1])
-    first, *rest = steps[start:]
-    return [first._replace(x0=(sum(first.x0),)), *rest]
+    return [
+        step._replace(x0=(*step.x0[:i], sum(step.x0[i:]))) if len(step.x0) > i else step
+        for i, step in enumerate(steps[start:])
+    ]
 
 
 def from_image(plan: Sampling, image: Tensor, strength: float) -> Sampling:

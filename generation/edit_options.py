@@ -50,7 +50,7 @@ def choose_sampler(edit: str | None, chosen: dict[str, Any], own: str) -> dict[s
                 "leave --sampler and --eta out"
             )
         return chosen | {"sampler": "ddim", "eta": 0.0}
-    if edit == "inpaint" and (sampler or own) not in ("ddpm", "ddim"):
+    if edit == "inpaint" and (sampler or chosen.get("fast") or own) not in ("ddpm", "ddim"):
         if sampler:
             raise ValueError(
                 f"--inpaint changes the state after each step, and {sampler} looks further back; "

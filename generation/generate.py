@@ -197,7 +197,7 @@ def pays_to_compile(config: Config, device: torch.device, calls: int) -> bool:
 
 
 def quick_settings(diffusion: GaussianDiffusion) -> dict[str, Any]:
-    """Return what previews and evaluations while training use: 20 steps of DPM-Solver++."""
+    """Return what --fast, and previews and evaluations while training, use: 20 steps of dpm++."""
     return {"sampler": "dpm++", "timesteps": min(20, diffusion.timesteps), "spacing": "trailing"}
 
 

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from diffusion_utils import Denoiser
 from files import did_you_mean
-from generation.generate import Guidance, Walk, chain, make_denoiser, pays_to_compile
+from generation.generate import (
+    Guidance,
+    Walk,
+    chain,
+    make_denoiser,
+    pays_to_compile,
+    quick_settings,
+)
 from generation.samplers import make_steps
 from model import at_precision
 
@@ -29,7 +36,8 @@ class Sampling:
 
     Args:
         chosen: keys of the config's section `sampling`, and of `guidance` as guidance_scale, ...,
-            that win over the model's own; `class_label`: what to draw, see `parse_labels`.
+            that win over the model's own; `fast`: those of `quick_settings` instead of the model's;
+            `class_label`: what to draw, see `parse_labels`.
         source: where the model is from, for people.
         precision: "float32" or "bfloat16".
         size: (height, width), other than the model's.
@@ -52,7 +60,9 @@ class Sampling:
         self.model, self.guide, config = model, guide, model.config
         self.network = at_precision(model.network, precision)
         self.guide_network = at_precision(guide.network, precision) if guide else None
-        settings = {k: chosen.get(k, v) for k, v in config.sampling.model_dump().items()}
+        own = config.sampling.model_dump()
+        own |= quick_settings(model.diffusion) if chosen.get("fast") else {}
+        settings = {k: chosen.get(k, v) for k, v in own.items()}
         for option, only in (("eta", "ddim"), ("variance", "ddpm")):
             if option in chosen and settings["sampler"] != only:
                 raise ValueError(

@@ -102,26 +102,67 @@ def ddim_steps(
 
 def dpm_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list[Step]:
     """Return DPM-Solver++(2M)'s table: second-order multistep, without noise."""
-    return second_order(diffusion, ddim_steps(diffusion, times, eta=0.0))
+    return multistep(diffusion, ddim_steps(diffusion, times, eta=0.0), order=2)
 
 
-def second_order(diffusion: GaussianDiffusion, steps: list[Step]) -> list[Step]:
-    """Extrapolate x0_hat along each step from the last two estimates (Lu et al. 2022, Alg. 2).
+def dpm3_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list[Step]:
+    """Return DPM-Solver++(3M)'s table: third-order multistep, without noise."""
+    return multistep(diffusion, ddim_steps(diffusion, times, eta=0.0), order=3)
 
-    h is a step of the half log SNR.
+
+def sde_dpm_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list[Step]:
+    """Return SDE-DPM-Solver++(2M)'s table (Lu et al. 2022): with the noise of `ddpm`."""
+    return multistep(diffusion, ddim_steps(diffusion, times, eta=1.0), order=2)
+
+
+def multistep(diffusion: GaussianDiffusion, steps: list[Step], order: int) -> list[Step]:
+    """Extrapolate x0_hat along each step from the last `order` estimates (Lu et al. 2022, Alg. 2).
+
+    The first steps know fewer; the last takes the estimate as it is. Of fewer than 15 steps the one
+    before it is of the second order at most, as in their code.
     """
-    found: list[Step] = []
-    h_last = None
-    for step in steps:
-        if step.s >= 0:
-            here, there = (half_log_snr(diffusion.alpha_bar(t)) for t in step[:2])
-            h = there - here
-            if h_last is not None:
-                (c_0,) = step.x0
-                step = step._replace(x0=(c_0 * (1 + h / (2 * h_last)), -c_0 * h / (2 * h_last)))
-            h_last = h
-        found.append(step)
-    return found
+    levels = [half_log_snr(diffusion.alpha_bar(step.t)) for step in steps]
+    found = steps[:1]
+    for i, step in enumerate(steps[1:-1], 1):
+        most = order if len(steps) >= 15 else min(order, len(steps) - i)
+        weights = quadrature(levels[i + 1] - levels[i], levels[i::-1][:most], levels[i])
+        found.append(step._replace(x0=(*(step.x0[0] * weights / weights.sum()).tolist(),)))
+    return found + steps[1:][-1:]
+
+
+def quadrature(h: float, known: list[float], start: float) -> np.ndarray:
+    """Return w: a step of h from `start` takes sum w[i] x0_hat(known[i]) / sqrt(alpha_bar(s)).
+
+    It is the integral of exp(lambda - lambda_s) x0_hat over the step (Lu et al. 2022, Eq. 8), with
+    the polynomial in lambda through `known` as x0_hat. Where they are two, the first moment is half
+    of the zeroth, as in their Algorithm 2: the order is the same.
+    """
+    moments = [-math.expm1(-h)]
+    for k in range(1, len(known)):
+        moments.append(1 - k / h * moments[-1])
+    if len(known) == 2:
+        moments[1] = moments[0] / 2
+    shares = (np.array(known) - start) / h
+    return np.linalg.solve(np.vander(shares, increasing=True).T, moments)
+
+
+def unipc_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list[Step]:
+    """Return UniPC-2's table with B_2(h) = e^h - 1 (Zhao et al. 2023).
+
+    A step predicts x_s as `dpm++`; once the network has been asked there, the step is taken again
+    with what it said. Both begin with the same multiple of x_t, so that the corrected state is the
+    predicted one plus a sum of estimates, and correcting needs neither a row nor a call of its own.
+    """
+    predicted = dpm_steps(diffusion, times)
+    levels = [half_log_snr(diffusion.alpha_bar(step.t)) for step in predicted]
+    steps = predicted[:1]
+    for i, (last, step) in enumerate(itertools.pairwise(predicted[:-1]), 1):
+        known = levels[i::-1][: len(last.x0) + 1]
+        weights = quadrature(levels[i] - levels[i - 1], known, levels[i - 1])
+        better = math.sqrt(diffusion.alpha_bar(step.t)) * weights - np.array([0, *last.x0])
+        own = np.pad(step.x0, (0, len(better) - 2))
+        steps.append(step._replace(x0=(*(own + step.x[0] * better).tolist(),)))
+    return steps + predicted[1:][-1:]
 
 
 def heun_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list[Step]:
@@ -147,6 +188,9 @@ SAMPLERS: dict[str, Callable[..., list[Step]]] = {
     "ddpm": ddpm_steps,
     "ddim": ddim_steps,
     "dpm++": dpm_steps,
+    "dpm++3": dpm3_steps,
+    "sde-dpm++": sde_dpm_steps,
+    "unipc": unipc_steps,
     "heun": heun_steps,
 }
 
@@ -160,8 +204,10 @@ def spaced_timesteps(diffusion: GaussianDiffusion, count: int | None, spacing: s
     """Return the t that a sampler visits, falling.
 
     `trailing` ends the strides at T - 1; `uniform` begins them at 0 and `quadratic` squares them
-    up to 0.8 T, as the DDIM paper and code; `logsnr` spaces the half log SNR evenly from T - 1 to
-    0. Where alpha_bar is 0 (the last t of `jsd`) x_t holds nothing of x_0 and the step is left out.
+    up to 0.8 T, as the DDIM paper and code. From T - 1 to 0, `logsnr` spaces the half log SNR
+    evenly, and `karras` the seventh root of noise / signal (Karras et al. 2022, Eq. 5), whose
+    second is as if the first were `FARTHEST` at most. Where alpha_bar is 0 (the last t of `jsd`)
+    x_t holds nothing of x_0 and the step is left out.
     """
     T = diffusion.timesteps
     count = T if count is None else count
@@ -170,10 +216,13 @@ def spaced_timesteps(diffusion: GaussianDiffusion, count: int | None, spacing: s
     if count == 1 < T and spacing != "trailing":
         raise ValueError(f"spacing {spacing} with 1 step would not start in noise; use trailing")
     visible = int(torch.count_nonzero(diffusion.alpha_bar(torch.arange(T))))
-    if spacing == "logsnr":
-        known = [half_log_snr(diffusion.alpha_bar(t)) for t in range(visible)]
+    if spacing in ("logsnr", "karras"):
+        known = np.array([half_log_snr(diffusion.alpha_bar(t)) for t in range(visible)])
         wanted = np.linspace(known[-1], known[0], count)
-        times = [int(np.abs(np.subtract(known, w)).argmin()) for w in wanted]
+        if spacing == "karras":  # noise / signal is exp(-lambda)
+            ends = np.exp(-np.maximum(known[[-1, 0]], -math.log(FARTHEST)) / 7)
+            wanted = -7 * np.log(np.linspace(ends[0], ends[1], count))
+        times = [visible - 1, *(int(np.abs(known - w).argmin()) for w in wanted[1:])]
     elif spacing == "trailing":
         times = [round(T - i * T / count) - 1 for i in range(count)]
     elif spacing == "uniform":
@@ -183,7 +232,7 @@ def spaced_timesteps(diffusion: GaussianDiffusion, count: int | None, spacing: s
     return sorted({t for t in times if t < visible}, reverse=True)
 
 
-SPACINGS = "trailing", "uniform", "quadratic", "logsnr"
+SPACINGS = "trailing", "uniform", "quadratic", "logsnr", "karras"
 
 
 def reverse(

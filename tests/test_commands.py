@@ -290,6 +290,7 @@ def test_precision_is_a_part_of_the_recipe(place, tmp_path, monkeypatch):
     [
         "--sampler ddim --eta 0.5 --timesteps 10 --spacing quadratic",
         "--sampler dpm++ --timesteps 5 --spacing logsnr",
+        "--fast --timesteps 3",
         "--sampler ddpm --variance small --weights raw --device cpu --image-size 16 --no-grid",
     ],
 )
