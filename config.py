@@ -7,7 +7,6 @@ checkpoint. `model`, `diffusion`, `sampling` and `guidance` mirror one construct
 (`evaluation`). Facts of the data are written once, under `dataset`. Defaults live here only.
 """
 
-import math
 import os
 import reprlib
 import sys
@@ -156,8 +155,8 @@ class TrainingConfig(Section):
     """images a step, on all devices together"""
     max_steps: int = free(ge=1, le=10**9)
     """steps of the whole run"""
-    optimizer: Literal["adam", "adamw"] = "adam"
-    """adam (the paper's) or adamw"""
+    optimizer: Literal["adam", "adamw", "muon"] = "adam"
+    """adam (the paper's), adamw or muon"""
     learning_rate: float = Field(2e-4, gt=0)
     """its largest, after the warmup"""
     warmup_steps: int = Field(5000, ge=0)
@@ -341,12 +340,6 @@ class Config(Section):
         if steps is not None and steps > T:
             raise ValueError(f"sampling.timesteps {steps} is more than diffusion.timesteps {T}")
         return self
-
-
-def exponent(length: float) -> float:
-    """Return gamma > 0 of a power EMA of so relative a length (Karras et al. 2024, Eq. 123)."""
-    root = math.sqrt(3 / length**2 + 1)  # a cubic, solved by cosines
-    return (2 * root * math.cos(math.acos((5 - 6 * root**2) / root**3) / 3) - 7) / 3
 
 
 def divisors(n: int) -> str:

@@ -21,7 +21,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from config import Config, TrainingConfig, exponent
+from config import Config
 from dataset import Batch
 from diffusion_utils import (
     CELLS,
@@ -35,47 +35,11 @@ from files import explained
 from generation import generate, make_denoiser, quick_steps, resolve_precision
 from generation.images import image_grid
 from model import Network, at_precision, build_network, exact_float32
+from optim import DECAYS, OPTIMIZERS, RATE_DECAYS, initial_share
 
 VALIDATION_TAGS = "val/loss", *(f"val/loss by t/{quarter} of 4" for quarter in range(1, 5))
 SAMPLED = 256  # images that are looked at after each validation, for copies
 INITIAL, TRAIN, DROPOUT, VALIDATE = range(4)  # streams of random numbers
-
-OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-# the learning rate's share that is left, of (step, warmup, max_steps), once it is warm
-RATE_DECAYS: dict[str, Callable[[int, int, int], float]] = {
-    "constant": lambda step, warmup, end: 1.0,
-    "cosine": lambda step, warmup, end: 0.5 + 0.5 * math.cos(math.pi * done(step, warmup, end)),
-    "linear": lambda step, warmup, end: 1 - done(step, warmup, end),
-    "inverse-sqrt": lambda step, warmup, end: (max(1, warmup) / max(1, step)) ** 0.5,
-}
-
-
-def done(step: int, start: int, end: int) -> float:
-    """Return the share of start ... end that lies before a step."""
-    return min(1.0, (step - start) / max(1, end - start))
-
-
-def power_decay(length: float, n: int) -> float:
-    """Return the decay of update n = 1, 2, ... of a power EMA (Karras et al. 2024, Eq. 127)."""
-    return (1 - 1 / n) ** (exponent(length) + 1)  # 0 at first, which copies
-
-
-# the decay of the EMA's update n = 1, 2, ...
-DECAYS: dict[str, Callable[[TrainingConfig, int], float]] = {
-    "constant": lambda training, n: training.ema_decay,
-    "warmup": lambda training, n: min(training.ema_decay, n / (9 + n)),
-    "power": lambda training, n: power_decay(training.ema_lengths[0], n),
-}
-
-
-def initial_share(training: TrainingConfig, step: int) -> float:
-    """Return the share of initial weights in the EMA: the product of its decays up to a step."""
-    if training.ema == "power":
-        return float(step == 0)
-    decay, ramp = training.ema_decay, 0
-    if training.ema == "warmup":  # n / (9 + n) up to here
-        ramp = min(step, int(9 * decay / (1 - decay)))
-    return decay ** (step - ramp) / math.comb(9 + ramp, 9)
 
 
 def seed_of(*key: int) -> int:

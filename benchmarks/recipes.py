@@ -88,8 +88,8 @@ RECIPES = {
     "beta2-0.99": ["training.beta2=0.99"],
     "beta2-0.95": ["training.beta2=0.95"],
     "adamw": ["training.optimizer=adamw", "training.weight_decay=0.01"],
-    "muon": [],  # these are below
-    "immiscible": [],
+    "muon": ["training.optimizer=muon"],
+    "immiscible": [],  # these two are below
     "augmented": [],
     "dropout": ["model.dropout=0.1"],
     "no-clip": ["training.gradient_clip_norm=null"],
@@ -213,48 +213,6 @@ class Yardstick:
 # ---- what was tried and is no part of the project
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for all matrices and kernels, Adam for the rest, at one rate.
-
-    An update is the orthogonal matrix nearest to the momentum, by five Newton-Schulz iterations,
-    of root mean square 0.2, as large as Adam's (Liu et al. 2025).
-    """
-
-    def __init__(self, weights: Any, lr: float):
-        super().__init__(list(weights), {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for w in group["params"]:
-                state, g = self.state[w], w.grad
-                if not state:
-                    state |= {"step": 0, "m": torch.zeros_like(g), "v": torch.zeros_like(g)}
-                state["step"] += 1
-                if w.ndim < 2:
-                    m, v = state["m"].lerp_(g, 0.1), state["v"].lerp_(g * g, 0.001)
-                    m = m / (1 - 0.9 ** state["step"])
-                    w -= group["lr"] * m / ((v / (1 - 0.999 ** state["step"])).sqrt() + 1e-8)
-                    continue
-                m = state["m"].mul_(0.95).add_(g)
-                u = (g + 0.95 * m).flatten(1)
-                turned = len(u) > u.shape[1]
-                u = u.T if turned else u
-                u = u / (u.norm() + 1e-7)
-                for _ in range(5):
-                    a = u @ u.T
-                    u = 3.4445 * u + (-4.7750 * a + 2.0315 * a @ a) @ u
-                u = (u.T if turned else u) * 0.2 * max(u.shape) ** 0.5
-                w -= group["lr"] * u.reshape(w.shape)
-
-
-class WithMuon(DDPM):
-    """Learns by Muon."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return Muon(self.unet.parameters(), self.config.training.learning_rate)
-
-
 class Immiscible(DDPM):
     """Gives each image of a batch the noise that is near it (Li et al. 2024), one to one."""
 
@@ -306,7 +264,7 @@ class Augmented(DDPM):
         super().update(batch._replace(images=images, labels=labels), *args, step=step, **how)
 
 
-TRIALS = {"muon": WithMuon, "immiscible": Immiscible, "augmented": Augmented}
+TRIALS = {"immiscible": Immiscible, "augmented": Augmented}
 
 
 @app.command()

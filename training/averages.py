@@ -8,7 +8,8 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from config import Config
-from pl_utils import DDPM, power_decay
+from optim import power_decay
+from pl_utils import DDPM
 from training.checkpoints import set_aside
 from weights import saved_steps
 from weights.ema import SUFFIX, ByLength, write_snapshot

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from config import check_config, exponent, load_config
+from config import check_config, load_config
 from files import atomic_write
+from optim import exponent
 from weights.checkpoint import saved_steps
 from weights.export import shareable, summary, write_safetensors
 from weights.load import ModelFiles, read_tensors

@@ -14,8 +14,9 @@ from helpers import assert_same, invoke, start, tiny, train
 from processes import PROJECT
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from config import TrainingConfig, exponent
-from pl_utils import DECAYS, compared_weights, initial_share
+from config import TrainingConfig
+from optim import DECAYS, exponent, initial_share
+from pl_utils import compared_weights
 from weights import load_model, newest_checkpoint, read_checkpoint
 from weights.ema import rebuild, solve
 
