@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import assert_same, tiny, train
 
+from optim.muon import RMS, Muon, orthogonal
 from pl_utils import DDPM, TRAIN, VALIDATE
 from training.runs import check_continuation
 from weights import newest_checkpoint
@@ -23,13 +24,17 @@ ALL = (
 )
 
 
-def test_with_every_knob_a_stop_leaves_no_trace(tmp_path):
+MUON = *(knob for knob in ALL if "decay=0" not in knob), "training.optimizer=muon"
+
+
+@pytest.mark.parametrize("knobs", [ALL, MUON])
+def test_with_every_knob_a_stop_leaves_no_trace(tmp_path, knobs):
     straight, adam = train(
-        tmp_path / "a", *ALL, "logging.save_every=1", "logging.keep_checkpoints=9"
+        tmp_path / "a", *knobs, "logging.save_every=1", "logging.keep_checkpoints=9"
     )
     for step in (1, 3):
         start = tmp_path / f"a/checkpoints/step-{step:08d}.ckpt"
-        resumed, resumed_adam = train(tmp_path / f"b{step}", *ALL, resume=start)
+        resumed, resumed_adam = train(tmp_path / f"b{step}", *knobs, resume=start)
         assert_same(dict(straight.state_dict()), dict(resumed.state_dict()))
         assert_same(adam, resumed_adam)
 
@@ -78,6 +83,24 @@ def test_stratified_draws_are_one_in_each_share():
     assert_same(list(ddpm.draw(VALIDATE, 0, 64)), list(plain.draw(VALIDATE, 0, 64)))
     rest, as_before = ddpm.draw(TRAIN, 0, 64), plain.draw(TRAIN, 0, 64)
     assert_same(list(rest[1:]), list(as_before[1:]))
+
+
+def test_muons_updates_are_orthogonal():
+    """In the singular vectors of the momentum, and of the size that Adam's have."""
+    wide, tall = torch.randn(3, 20, 90), torch.randn(2, 90, 20)
+    for matrices in (wide, tall, 1e-4 * wide, wide * torch.logspace(0, -1, 20)[:, None]):
+        found = orthogonal(matrices)
+        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+        inner = u.mT @ found @ v.mT
+        assert (inner.diagonal(dim1=1, dim2=2) - 1).abs().max() < 0.4
+        assert (inner - inner.diagonal(dim1=1, dim2=2).diag_embed()).abs().max() < 1e-3
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((64, 32, 3, 3), (64,))]
+    optimizer = Muon(weights, lr=0.01, fused=True)
+    for w in weights:
+        w.grad = torch.randn_like(w)
+    optimizer.step()
+    assert weights[0].detach().square().mean().sqrt() == pytest.approx(0.01 * RMS, rel=0.1)
+    assert weights[1].detach().abs().max() == pytest.approx(0.01, rel=1e-3)  # Adam's first step
 
 
 def test_adamw_decays_and_adam_does_not():
