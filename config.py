@@ -145,6 +145,8 @@ class DiffusionConfig(Section):
     """beta of the last step"""
     prediction: Literal["eps", "x0", "v"] = "eps"
     """what the network predicts: eps (the paper's), x0 or v"""
+    learned_variance: bool = False
+    """the network predicts the variance, too; it samples with it unless told otherwise"""
 
 
 class TrainingConfig(Section):
@@ -277,8 +279,8 @@ class SamplingConfig(Section):
 
     sampler: Literal["ddpm", "ddim", "dpm++", "dpm++3", "sde-dpm++", "unipc", "heun"] = free("ddpm")
     """ddpm (Algorithm 2), ddim, dpm++ (good at 20 steps), dpm++3, sde-dpm++, unipc or heun"""
-    variance: Literal["large", "small"] = free("large")
-    """ddpm's: large (the paper's CIFAR-10) or small (its 256x256)"""
+    variance: Literal["large", "small", "learned"] = free("large")
+    """ddpm's: large (the paper's CIFAR-10), small (its 256x256) or learned"""
     eta: float = free(0.0, ge=0, le=1)
     """ddim's noise: 0 none, 1 as ddpm small"""
     timesteps: int | None = free(None, ge=1)
@@ -309,6 +311,15 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     guidance: GuidanceConfig = GuidanceConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_learned_is_used(cls, tree: Any) -> Any:
+        match tree:
+            case {"diffusion": {"learned_variance": True}}:
+                sampling = {"variance": "learned"} | (tree.get("sampling") or {})
+                return {**tree, "sampling": sampling}
+        return tree
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         model, levels = self.model, len(self.model.channel_multipliers)
@@ -337,6 +348,8 @@ class Config(Section):
         key = "validate_every" if best == "validation" else "evaluate_every"
         if best and not 0 < getattr(self.evaluation, key) <= last:
             raise ValueError(f"training.keep_best={best} needs evaluation.{key} in 1 ... {last}")
+        if self.sampling.variance == "learned" and not self.diffusion.learned_variance:
+            raise ValueError("sampling.variance=learned needs diffusion.learned_variance=true")
         steps, T = self.sampling.timesteps, self.diffusion.timesteps
         if steps is not None and steps > T:
             raise ValueError(f"sampling.timesteps {steps} is more than diffusion.timesteps {T}")

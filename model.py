@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import GroupNorm
+from kernels import Dropout, GroupNorm, attend
 from kernels import exact_float32 as exact_float32
 from kernels import has_bf16 as has_bf16
 
@@ -44,7 +44,10 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def predict(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Return F [B, C, H, W] in float32; embedding: [B, any], or [any] for all of B."""
+        """Return F [B, C, H, W] in float32; embedding: [B, any], or [any] for all of B.
+
+        Where the variance is learned F has 2C channels, see `GaussianDiffusion`.
+        """
         raise NotImplementedError
 
     def features(self, x: Tensor, t: Tensor) -> Tensor:
@@ -66,6 +69,7 @@ def build_network(config: "Config", device: str = "cpu") -> Network:
         return UNet(
             image_size=min(data.size),
             channels=data.channels,
+            out_channels=data.channels * (1 + config.diffusion.learned_variance),
             classes=len(data.classes),
             null_label=config.training.label_dropout > 0,
             **config.model.model_dump(),
@@ -77,7 +81,7 @@ class UNet(Network):
 
     Args:
         image_size: the images' shorter side; halved once for each multiplier but the first.
-        channels: of the images, 1 to 4.
+        channels: of the images, 1 to 4. out_channels: of F, as many, or twice with a variance.
         classes: how many labels choose from; 0 is the paper's network, without.
         null_label: learn what no label means, too.
         base_channels: width before the multipliers, and of the sinusoidal time embedding.
@@ -93,6 +97,7 @@ class UNet(Network):
         *,
         image_size: int,
         channels: int,
+        out_channels: int,
         classes: int,
         null_label: bool,
         base_channels: int,
@@ -158,7 +163,7 @@ class UNet(Network):
             self.up.insert(0, up)
 
         self.norm_out = GroupNorm(groups, width)
-        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self._initialise()
         if classes:  # last, so that the rest begins as it does without
             self.temb.label = nn.Embedding(classes + null_label, temb_width)
@@ -214,9 +219,9 @@ class UNet(Network):
         h = self.conv_in(x.to(dtype))
         skips = [h]
         for down in self.down:
-            for block, attend in zip_longest(down.block, down.attn):
+            for block, attention in zip_longest(down.block, down.attn):
                 h = run(block, h, temb)
-                h = run(attend, h) if attend else h
+                h = run(attention, h) if attention else h
                 skips.append(h)  # after the attention
             if down is not self.down[-1]:
                 h = down.downsample(h)
@@ -227,9 +232,9 @@ class UNet(Network):
         h = run(self.mid.block_2, h, temb)
 
         for up in reversed(self.up):
-            for block, attend in zip_longest(up.block, up.attn):
+            for block, attention in zip_longest(up.block, up.attn):
                 h = run(block, torch.cat([h, skips.pop()], dim=1), temb)
-                h = run(attend, h) if attend else h
+                h = run(attention, h) if attention else h
             if up is not self.up[0]:
                 h = up.upsample(h)
 
@@ -294,27 +299,6 @@ class Attention(nn.Module):
         # [B, C, H, W] -> [B, H * W, C]
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
         return x + self.proj_out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(width)) v; [B, N, width] each."""
-    if q.device.type == "cpu" and q.shape[1] <= 1024:  # the fused one's gradient is slower there
-        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[2])
-        return torch.softmax(scores, -1, torch.float32).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-
-
-class Dropout(nn.Dropout):
-    """Dropout; on the CPU four 16-bit numbers come from each draw, which costs half as much."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain = x.device.type != "cpu" or torch.compiler.is_compiling()  # it cannot trace `random_`
-        if plain or not (self.training and self.p):
-            return super().forward(x)
-        draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
-        numbers = draws.view(torch.int16)[: x.numel()].as_strided(x.shape, x.stride())
-        kept = numbers >= min(round(self.p * 2**16), 2**16 - 1) - 2**15
-        return x * kept.to(x.dtype) * (1 / (1 - self.p))  # in bfloat16 the mask cannot hold 1.11
 
 
 class Downsample(nn.Module):

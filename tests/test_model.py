@@ -145,6 +145,7 @@ def test_any_shape(multipliers, channels, base):
     net = UNet(
         image_size=24,
         channels=channels,
+        out_channels=channels,
         classes=0,
         null_label=False,
         base_channels=base,

@@ -99,7 +99,7 @@ _UNET_OURS = _UNET_ABSENT | {
 _HINTS = {
     "sample_size": "the side of a square, or [height, width]",
     "num_class_embeds": "a number of classes, or null",
-    "out_channels": "as many as in_channels (no learned variance)",
+    "out_channels": "as many as in_channels, or twice where the variance is learned",
     "block_out_channels": "multiples of its first, which is 4 or more",
     "attention_head_dim": "null (one head)",
 }
@@ -112,10 +112,11 @@ _SCHEDULERS |= {"DPMSolverMultistepScheduler": "dpm++"}
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _BETAS = {"linear": "linear", "scaled_linear": "quad", "squaredcos_cap_v2": "cosine"}
 _VARIANCES = {f"fixed_{v}{log}": v for v in ("small", "large") for log in ("", "_log")}
+_VARIANCES |= {"learned_range": "learned"}
 
 
 def _unet_of(tree: dict) -> dict[str, Any]:
-    """Return diffusers' config.json of our config's sections dataset, model and training."""
+    """Return diffusers' config.json of our sections dataset, model, diffusion and training."""
     data, model = tree["dataset"], tree["model"]
     size, multipliers = data["image_size"], model["channel_multipliers"]
     shorter, labels = _shorter(size), len(data["classes"])
@@ -123,7 +124,7 @@ def _unet_of(tree: dict) -> dict[str, Any]:
     return _UNET_OURS | {
         "sample_size": size,
         "in_channels": data["channels"],
-        "out_channels": data["channels"],
+        "out_channels": data["channels"] * (1 + tree["diffusion"]["learned_variance"]),
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "block_out_channels": [model["base_channels"] * m for m in multipliers],
@@ -148,10 +149,12 @@ def _sections(
     attends: list[bool],
     blocks: int,
     labels: int,
+    outputs: int,
 ) -> dict[str, dict]:
-    """Return our config's sections dataset, model and training.
+    """Return our config's sections dataset, model, diffusion and training.
 
-    `widths`, `attends` have an entry a level; `labels` are rows of a table, each taken for a class.
+    `widths`, `attends` have an entry a level; `labels` are rows of a table, each taken for a class;
+    `outputs` are channels of the network's output.
     """
     model = {
         "base_channels": base,
@@ -162,7 +165,9 @@ def _sections(
     }
     data = {"image_size": size, "channels": channels, "classes": [str(i) for i in range(labels)]}
     training = {"label_dropout": 0.0} if labels else {}
-    return {"dataset": data | {"labels": labels > 0}, "model": model, "training": training}
+    process = {"learned_variance": outputs == 2 * channels}
+    data |= {"labels": labels > 0}
+    return {"dataset": data, "model": model, "diffusion": process, "training": training}
 
 
 def tree_of_diffusers(unet: dict, scheduler: dict) -> tuple[dict, list[str]]:
@@ -181,7 +186,8 @@ def tree_of_diffusers(unet: dict, scheduler: dict) -> tuple[dict, list[str]]:
     channels, blocks = there["in_channels"], there["layers_per_block"]
     labels = there["num_class_embeds"]
     labels = labels if type(labels) is int and 0 < labels < 100_000 else 0
-    tree = _sections(size, channels, base, widths, attends, blocks, labels)
+    outputs = there["out_channels"]
+    tree = _sections(size, channels, base, widths, attends, blocks, labels, outputs)
     tree["model"]["dropout"] = float(there["dropout"])
     faults, needed = {}, _unet_of(tree)
     for key, value in there.items():
@@ -194,6 +200,9 @@ def tree_of_diffusers(unet: dict, scheduler: dict) -> tuple[dict, list[str]]:
     process, sampling, wrong, notes = _process_of(scheduler)
     if wrong := [*faults.values(), *wrong]:
         raise ValueError("\n  ".join(["this network cannot represent it:", *wrong]))
+    process |= tree["diffusion"]
+    if process["learned_variance"]:  # their schedulers can do nothing else with it
+        sampling["variance"] = "learned"
     return tree | {"diffusion": process, "sampling": sampling}, notes
 
 
@@ -248,7 +257,8 @@ def _same(one: np.ndarray, other: Any) -> bool:
 
 def same_process(one: dict, other: dict) -> bool:
     """Tell whether two sections diffusion mean the same: two names may mean one schedule."""
-    return one["prediction"] == other["prediction"] and _same(betas_of(one), betas_of(other))
+    same = all(one[key] == other[key] for key in ("prediction", "learned_variance"))
+    return same and _same(betas_of(one), betas_of(other))
 
 
 def to_diffusers(config: Config) -> tuple[dict, dict]:
@@ -259,6 +269,9 @@ def to_diffusers(config: Config) -> tuple[dict, dict]:
             f"model.channel_multipliers is {multipliers}: the first of diffusers' UNet2DModel is 1"
         )
     betas = {ours: theirs for theirs, ours in _BETAS.items()}.get(process.beta_schedule)
+    # their scheduler takes a learned variance wherever there is one
+    learned = process.learned_variance
+    variance = "learned_range" if learned else f"fixed_{config.sampling.variance}"
     scheduler = {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": "0.30.0",
@@ -267,7 +280,7 @@ def to_diffusers(config: Config) -> tuple[dict, dict]:
         "beta_end": process.beta_end,
         "beta_schedule": betas or "linear",
         "trained_betas": None if betas else betas_of(process.model_dump()).tolist(),
-        "variance_type": f"fixed_{config.sampling.variance}",
+        "variance_type": variance,
         "prediction_type": {o: theirs for theirs, o in _PREDICTIONS.items()}[process.prediction],
         "rescale_betas_zero_snr": False,
         "clip_sample": True,
@@ -289,6 +302,7 @@ def infer_tree(state: dict[str, Tensor], image_size: Any) -> tuple[dict, list[st
         base, channels = shapes["conv_in.weight"][:2]
         firsts = (f"down.{level}.block.0.conv1.weight" for level in range(len(shapes)))
         widths = [shapes[name][0] for name in firsts if name in shapes]
+        outputs = shapes["conv_out.weight"][0]
         blocks = sum(f"down.0.block.{b}.conv1.weight" in shapes for b in range(len(shapes)))
         if not widths or any(width % base for width in widths):
             raise KeyError("widths that are multiples of the first")
@@ -304,7 +318,8 @@ def infer_tree(state: dict[str, Tensor], image_size: Any) -> tuple[dict, list[st
         size = 16 * 2 ** attends.index(True)  # the paper has attention at 16x16
     variance = "large" if _shorter(size) < 256 else "small"
     labels = next(iter(shapes.get(LABELS, [])), 0)
-    tree = _sections(size, channels, base, widths, attends, blocks, labels)
-    tree |= {"diffusion": {}, "sampling": {"sampler": "ddpm", "variance": variance}}
+    tree = _sections(size, channels, base, widths, attends, blocks, labels, outputs)
+    variance = "learned" if tree["diffusion"]["learned_variance"] else variance
+    tree |= {"sampling": {"sampler": "ddpm", "variance": variance}}
     told = "x".join(map(str, size if isinstance(size, list) else [size, size]))
     return tree, [f"images of {told}, the paper's linear schedule, variance {variance}"]

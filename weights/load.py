@@ -179,7 +179,9 @@ def _read_diffusers(folder: Path, unet: Path) -> tuple[dict, dict, dict, dict, l
     if same_process(config["diffusion"], tree["diffusion"]):
         tree["diffusion"] = config["diffusion"]
     if tree["sampling"]["sampler"] == "ddpm":  # the scheduler that we write
-        tree["sampling"] = config["sampling"] | {"variance": tree["sampling"]["variance"]}
+        variance = tree["sampling"]["variance"]
+        kept = {} if variance == "learned" else {"variance": variance}
+        tree["sampling"] = config["sampling"] | kept
     tree = {section: config[section] | tree.get(section, {}) for section in config}
     return tree, ema, raw, about, notes
 
