@@ -198,11 +198,13 @@ def tree_of_diffusers(unet: dict, scheduler: dict) -> tuple[dict, list[str]]:
     if "down_block_types" in faults:
         faults.pop("up_block_types", None)  # they are to mirror each other
     process, sampling, wrong, notes = _process_of(scheduler)
-    if wrong := [*faults.values(), *wrong]:
-        raise ValueError("\n  ".join(["this network cannot represent it:", *wrong]))
     process |= tree["diffusion"]
     if process["learned_variance"]:  # their schedulers can do nothing else with it
         sampling["variance"] = "learned"
+    elif sampling["variance"] == "learned":
+        wrong.append("scheduler.variance_type is learned_range; needed: out_channels for it")
+    if wrong := [*faults.values(), *wrong]:
+        raise ValueError("\n  ".join(["this network cannot represent it:", *wrong]))
     return tree | {"diffusion": process, "sampling": sampling}, notes
 
 
