@@ -123,6 +123,14 @@ class ModelConfig(Section):
     """feature sizes with self-attention, of the shorter side"""
     dropout: float = Field(0.1, ge=0, lt=1)
     """inside the residual blocks"""
+    num_heads: int = Field(1, ge=1)
+    """heads of attention; 1 is the paper's"""
+    scale_shift_norm: bool = False
+    """time scales and shifts each block's second norm, where the paper adds it before"""
+    time_scale: float = Field(1.0, gt=0)
+    """what t is multiplied by; 1 is the paper's, 1000 / T improved-diffusion's"""
+    variant: Literal["ddpm", "improved"] = "ddpm"
+    """other details: ddpm (the paper's), or improved for improved-diffusion's"""
 
     @field_validator("attention_resolutions")
     @classmethod
@@ -316,8 +324,9 @@ class Config(Section):
     def _what_is_learned_is_used(cls, tree: Any) -> Any:
         match tree:
             case {"diffusion": {"learned_variance": True}}:
-                sampling = {"variance": "learned"} | (tree.get("sampling") or {})
-                return {**tree, "sampling": sampling}
+                sampling = tree.get("sampling", {})
+                if isinstance(sampling, dict):
+                    return {**tree, "sampling": {"variance": "learned"} | sampling}
         return tree
 
     @model_validator(mode="after")
@@ -337,6 +346,13 @@ class Config(Section):
                 raise ValueError(
                     f"model.attention_resolutions has {resolution}; the feature sizes of "
                     f"this network are {resolutions}"
+                )
+        for resolution, multiplier in zip(resolutions, model.channel_multipliers, strict=True):
+            width = model.base_channels * multiplier
+            attends = resolution in (*model.attention_resolutions, resolutions[-1])
+            if attends and width % model.num_heads:
+                raise ValueError(
+                    f"model.num_heads {model.num_heads} does not divide {width} channels"
                 )
         batch_size, micro = self.training.batch_size, self.hardware.micro_batch_size
         if micro and batch_size % micro:

@@ -33,9 +33,14 @@ TINY = {
     "num_res_blocks": 2,
     "attention_resolutions": [4],
     "dropout": 0.0,
+    "num_heads": 1,
+    "scale_shift_norm": False,
+    "time_scale": 1.0,
+    "variant": "ddpm",
 }
 PAPER = {"channels": 3, "base_channels": 128, "num_res_blocks": 2, "attention_resolutions": [16]}
 PAPER |= {"out_channels": 3, "classes": 0, "null_label": False}
+PAPER |= {"num_heads": 1, "scale_shift_norm": False, "time_scale": 1.0, "variant": "ddpm"}
 CIFAR = {**PAPER, "image_size": 32, "channel_multipliers": [1, 2, 2, 2], "dropout": 0.1}
 HQ = {**PAPER, "image_size": 256, "channel_multipliers": [1, 1, 2, 2, 4, 4], "dropout": 0.0}
 

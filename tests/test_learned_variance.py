@@ -10,9 +10,8 @@ from torch import Tensor
 
 from config import load_config
 from dataset import with_classes
-from diffusion_utils import reverse
 from evaluation.likelihood import bits_per_dim
-from generation import Guidance, SeedNoise, make_denoiser
+from generation import Guidance, SeedNoise, make_denoiser, reverse
 from model import Network, build_network
 from weights import Model, load_model, newest_checkpoint, write_checkpoint
 from weights.dialects import infer_tree, tree_of_diffusers

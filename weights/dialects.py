@@ -14,6 +14,7 @@ from torch import Tensor
 from config import Config, DiffusionConfig
 from diffusion_utils import make_betas
 from model import group_count
+from weights.improved import facts_of_improved, names_of_improved
 
 # ---- names
 
@@ -59,7 +60,9 @@ def rename(name: str, levels: int, *, to_ours: bool) -> str:
 def to_our_names(state: dict) -> dict[str, Tensor]:
     """Return the tensors of any dialect under our names, in float32."""
     names = {old: str(old).removeprefix("module.").removeprefix("model/") for old in state}
-    names |= {old: LABELS for old, name in names.items() if name == "label_emb.weight"}  # OpenAI's
+    if any(name.startswith(("input_blocks.", "label_emb.")) for name in names.values()):
+        improved = names_of_improved(names.values())
+        names = {old: improved[name] for old, name in names.items()}
     numbers = re.findall(r"(?m)^(?:down|up)_blocks\.(\d+)", "\n".join(names.values()))
     levels = 1 + max(map(int, numbers), default=0)
     ours = {}
@@ -103,10 +106,6 @@ _HINTS = {
     "block_out_channels": "multiples of its first, which is 4 or more",
     "attention_head_dim": "null (one head)",
 }
-_IMPROVED = (
-    "these are the weights of improved-diffusion's U-Net, which is not the paper's: cosines before "
-    "sines, of other frequencies; padding on every side; norm_eps 1e-5; most often several heads"
-)
 _SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
 _SCHEDULERS |= {"DPMSolverMultistepScheduler": "dpm++"}
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -266,6 +265,9 @@ def same_process(one: dict, other: dict) -> bool:
 def to_diffusers(config: Config) -> tuple[dict, dict]:
     """Return the network's config.json and scheduler_config.json, as diffusers writes them."""
     multipliers, process = config.model.channel_multipliers, config.diffusion
+    theirs = ("num_heads", "scale_shift_norm", "time_scale", "variant")
+    if options := config.model.model_dump(include={*theirs}, exclude_defaults=True):
+        raise ValueError(f"not for diffusers: a network with {json.dumps(options)}")
     if multipliers[0] != 1:  # UNet2DModel's first convolution has the width of the first level
         raise ValueError(
             f"model.channel_multipliers is {multipliers}: the first of diffusers' UNet2DModel is 1"
@@ -294,9 +296,12 @@ def to_diffusers(config: Config) -> tuple[dict, dict]:
     return _unet_of(config.model_dump()), scheduler
 
 
-def infer_tree(state: dict[str, Tensor], image_size: Any) -> tuple[dict, list[str]]:
+def infer_tree(
+    state: dict[str, Tensor], image_size: Any, timesteps: int | None = None
+) -> tuple[dict, list[str]]:
     """Return what `tree_of_diffusers` does, from shapes of tensors under our names.
 
+    `image_size` and `timesteps` are those that were asked for, and None where none were.
     ValueError where they are of another network, or do not show the size of its images.
     """
     shapes = {name: list(value.shape) for name, value in state.items() if hasattr(value, "shape")}
@@ -309,10 +314,8 @@ def infer_tree(state: dict[str, Tensor], image_size: Any) -> tuple[dict, list[st
         if not widths or any(width % base for width in widths):
             raise KeyError("widths that are multiples of the first")
     except (KeyError, ValueError) as error:
-        if any("input_blocks." in name for name in shapes):
-            raise ValueError(_IMPROVED) from None
         raise ValueError(f"these are not the weights of a DDPM network: no {error}") from None
-    attends = [f"down.{level}.attn.0.q.weight" in shapes for level in range(len(widths))]
+    attends = [f"down.{level}.attn.0.norm.weight" in shapes for level in range(len(widths))]
     if not _shorter(image_size) and True not in attends:
         raise ValueError("the weights do not show the size of the images: add dataset.image_size=")
     size = image_size
@@ -323,5 +326,10 @@ def infer_tree(state: dict[str, Tensor], image_size: Any) -> tuple[dict, list[st
     tree = _sections(size, channels, base, widths, attends, blocks, labels, outputs)
     variance = "learned" if tree["diffusion"]["learned_variance"] else variance
     tree |= {"sampling": {"sampler": "ddpm", "variance": variance}}
-    told = "x".join(map(str, size if isinstance(size, list) else [size, size]))
-    return tree, [f"images of {told}, the paper's linear schedule, variance {variance}"]
+    told, process = "x".join(map(str, size if isinstance(size, list) else [size, size])), ""
+    if "mid.attn_1.qkv.weight" in shapes:
+        model, diffusion, process = facts_of_improved(shapes, timesteps)
+        tree["model"] |= model
+        tree["diffusion"] |= diffusion
+    process = process or "the paper's linear schedule"
+    return tree, [f"images of {told}, {process}, variance {variance}"]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from config import Config, apply_override, check_config
 from weights.checkpoint import is_checkpoint, newest_checkpoint, read_plain, up_to_date
 from weights.dialects import infer_tree, same_process, to_our_names, tree_of_diffusers
+from weights.improved import split_heads
 
 _ABOUT = {"config", "step", "weights"}  # what tells our own exports
 _DATASETS = {"cifar": "cifar10", "celeba": "celebahq", "church": "lsun-church"}
@@ -68,7 +69,8 @@ def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
     else:
         about, (raw, ema) = {}, _raw_and_ema(path, data)
         try:
-            tree, notes = infer_tree(ema, chosen.get("dataset", {}).get("image_size"))
+            asked = (("dataset", "image_size"), ("diffusion", "timesteps"))
+            tree, notes = infer_tree(ema, *(chosen.get(s, {}).get(key) for s, key in asked))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     tree = {key: {**(tree.get(key) or {}), **chosen.get(key, {})} for key in tree | chosen}
@@ -86,6 +88,7 @@ def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
             dataset["classes"], how = names[:-1], "the last of them no label"
         notes = [*notes, f"{len(names)} labels, {how}; dataset.classes=[...] names the classes"]
     config = check_config(tree, source=f"the config of {path}")
+    raw, ema = (split_heads(state, config.model.num_heads) for state in (raw, ema))
     return ModelFiles(path, config, ema, raw, step, notes, about.get("weights"))
 
 
