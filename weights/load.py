@@ -67,8 +67,9 @@ def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
             for p in ("unet.", "ema.")
         )
     else:
-        about, (raw, ema) = {}, _raw_and_ema(path, data)
+        about = {}
         try:
+            raw, ema = _raw_and_ema(data)
             asked = (("dataset", "image_size"), ("diffusion", "timesteps"))
             tree, notes = infer_tree(ema, *(chosen.get(s, {}).get(key) for s, key in asked))
         except ValueError as error:
@@ -262,7 +263,7 @@ def _fetch(source: str) -> Path:
     raise FileNotFoundError(f"nothing at {source}, and no download from the Hub: {reason}")
 
 
-def _raw_and_ema(path: Path, data: Any) -> tuple[dict, dict]:
+def _raw_and_ema(data: Any) -> tuple[dict, dict]:
     """Return raw and EMA weights under our names; twice the same where there is one set."""
     suffix, leaves = "/ExponentialMovingAverage", ("/W", "/b", "/gamma", "/beta")
     if isinstance(data, list) and data and isinstance(data[0], dict):  # of the DDIM code
@@ -271,7 +272,7 @@ def _raw_and_ema(path: Path, data: Any) -> tuple[dict, dict]:
         if not (isinstance(ema, dict) and {*ema} == names):
             ema = raw
     elif not isinstance(data, dict):
-        raise ValueError(f"{path} holds no named tensors")
+        raise ValueError("there are no named tensors")
     elif ema := {n.removesuffix(suffix): v for n, v in data.items() if str(n).endswith(suffix)}:
         raw = {name: value for name, value in data.items() if str(name).endswith(leaves)}
     else:
