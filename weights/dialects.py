@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 from torch import Tensor
 
-from config import Config, DiffusionConfig
+from config import Config, DiffusionConfig, ModelConfig
 from diffusion_utils import make_betas
 from model import group_count
 from weights.improved import facts_of_improved, names_of_improved
@@ -155,7 +155,7 @@ def _sections(
     `widths`, `attends` have an entry a level; `labels` are rows of a table, each taken for a class;
     `outputs` are channels of the network's output.
     """
-    model = {
+    model = ModelConfig().model_dump() | {
         "base_channels": base,
         "channel_multipliers": [width // base for width in widths] or [1],
         "num_res_blocks": blocks,
