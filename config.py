@@ -122,6 +122,14 @@ class ModelConfig(Section):
     """feature sizes with self-attention, of the shorter side"""
     dropout: float = Field(0.1, ge=0, lt=1)
     """inside the residual blocks"""
+    num_heads: int = Field(1, ge=1)
+    """heads of attention; 1 is the paper's"""
+    scale_shift_norm: bool = False
+    """time scales and shifts each block's second norm, where the paper adds it before"""
+    time_scale: float = Field(1.0, gt=0)
+    """what t is multiplied by; 1 is the paper's, 1000 / T improved-diffusion's"""
+    variant: Literal["ddpm", "improved"] = "ddpm"
+    """other details: ddpm (the paper's), or improved for improved-diffusion's"""
 
     @field_validator("attention_resolutions")
     @classmethod
@@ -144,6 +152,8 @@ class DiffusionConfig(Section):
     """beta of the last step"""
     prediction: Literal["eps", "x0", "v"] = "eps"
     """what the network predicts: eps (the paper's), x0 or v"""
+    learned_variance: bool = False
+    """the network predicts the variance, too; it samples with it unless told otherwise"""
 
 
 class TrainingConfig(Section):
@@ -276,8 +286,8 @@ class SamplingConfig(Section):
 
     sampler: Literal["ddpm", "ddim", "dpm++", "dpm++3", "sde-dpm++", "unipc", "heun"] = free("ddpm")
     """ddpm (Algorithm 2), ddim, dpm++ (good at 20 steps), dpm++3, sde-dpm++, unipc or heun"""
-    variance: Literal["large", "small"] = free("large")
-    """ddpm's: large (the paper's CIFAR-10) or small (its 256x256)"""
+    variance: Literal["large", "small", "learned"] = free("large")
+    """ddpm's: large (the paper's CIFAR-10), small (its 256x256) or learned"""
     eta: float = free(0.0, ge=0, le=1)
     """ddim's noise: 0 none, 1 as ddpm small"""
     timesteps: int | None = free(None, ge=1)
@@ -308,6 +318,16 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     guidance: GuidanceConfig = GuidanceConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_learned_is_used(cls, tree: Any) -> Any:
+        match tree:
+            case {"diffusion": {"learned_variance": True}}:
+                sampling = tree.get("sampling", {})
+                if isinstance(sampling, dict):
+                    return {**tree, "sampling": {"variance": "learned"} | sampling}
+        return tree
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         model, levels = self.model, len(self.model.channel_multipliers)
@@ -326,6 +346,13 @@ class Config(Section):
                     f"model.attention_resolutions has {resolution}; the feature sizes of "
                     f"this network are {resolutions}"
                 )
+        for resolution, multiplier in zip(resolutions, model.channel_multipliers, strict=True):
+            width = model.base_channels * multiplier
+            attends = resolution in (*model.attention_resolutions, resolutions[-1])
+            if attends and width % model.num_heads:
+                raise ValueError(
+                    f"model.num_heads {model.num_heads} does not divide {width} channels"
+                )
         batch_size, micro = self.training.batch_size, self.hardware.micro_batch_size
         if micro and batch_size % micro:
             raise ValueError(
@@ -336,6 +363,8 @@ class Config(Section):
         key = "validate_every" if best == "validation" else "evaluate_every"
         if best and not 0 < getattr(self.evaluation, key) <= last:
             raise ValueError(f"training.keep_best={best} needs evaluation.{key} in 1 ... {last}")
+        if self.sampling.variance == "learned" and not self.diffusion.learned_variance:
+            raise ValueError("sampling.variance=learned needs diffusion.learned_variance=true")
         steps, T = self.sampling.timesteps, self.diffusion.timesteps
         if steps is not None and steps > T:
             raise ValueError(f"sampling.timesteps {steps} is more than diffusion.timesteps {T}")

@@ -6,7 +6,8 @@ in `up`.
 """
 
 import copy
-import math
+from collections.abc import Callable
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import GroupNorm
+from kernels import Dropout, GroupNorm, attend
 from kernels import exact_float32 as exact_float32
 from kernels import has_bf16 as has_bf16
+from kernels import timestep_embedding as timestep_embedding
 
 if TYPE_CHECKING:
     from config import Config
@@ -44,7 +46,10 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def predict(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Return F [B, C, H, W] in float32; embedding: [B, any], or [any] for all of B."""
+        """Return F [B, C, H, W] in float32; embedding: [B, any], or [any] for all of B.
+
+        Where the variance is learned F has 2C channels, see `GaussianDiffusion`.
+        """
         raise NotImplementedError
 
     def features(self, x: Tensor, t: Tensor) -> Tensor:
@@ -66,6 +71,7 @@ def build_network(config: "Config", device: str = "cpu") -> Network:
         return UNet(
             image_size=min(data.size),
             channels=data.channels,
+            out_channels=data.channels * (1 + config.diffusion.learned_variance),
             classes=len(data.classes),
             null_label=config.training.label_dropout > 0,
             **config.model.model_dump(),
@@ -77,7 +83,7 @@ class UNet(Network):
 
     Args:
         image_size: the images' shorter side; halved once for each multiplier but the first.
-        channels: of the images, 1 to 4.
+        channels: of the images, 1 to 4. out_channels: of F, as many, or twice with a variance.
         classes: how many labels choose from; 0 is the paper's network, without.
         null_label: learn what no label means, too.
         base_channels: width before the multipliers, and of the sinusoidal time embedding.
@@ -86,6 +92,12 @@ class UNet(Network):
         attention_resolutions: feature sizes with attention after each block. The middle always
             has it.
         dropout: probability, inside the residual blocks.
+        num_heads: of attention, which share its width.
+        scale_shift_norm: time scales and shifts the second norm of a block, where the paper adds it
+            before that norm (Nichol & Dhariwal 2021, section 6).
+        time_scale: what t is multiplied by.
+        variant: `ddpm`, or `improved` for what else their network has otherwise: cosines before
+            sines, at other frequencies; padding on every side; PyTorch's eps in the norms.
     """
 
     def __init__(
@@ -93,6 +105,7 @@ class UNet(Network):
         *,
         image_size: int,
         channels: int,
+        out_channels: int,
         classes: int,
         null_label: bool,
         base_channels: int,
@@ -100,23 +113,28 @@ class UNet(Network):
         num_res_blocks: int,
         attention_resolutions: list[int],
         dropout: float,
+        num_heads: int,
+        scale_shift_norm: bool,
+        time_scale: float,
+        variant: str,
     ):
         super().__init__()
         levels = len(channel_multipliers)
         self.size_multiple = 2 ** (levels - 1)
         sizes = [image_size // 2**level for level in range(levels)]  # the config has checked them
         self.channels, self.classes, self.null_label = channels, classes, null_label
-        self.base_channels = base_channels
+        self.base_channels, self.time_scale = base_channels, time_scale
+        self.improved = improved = variant == "improved"
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         temb_width = 4 * base_channels
-        groups = group_count(base_channels)
+        norm = partial(GroupNorm, group_count(base_channels), eps=1e-5 if improved else 1e-6)
 
         def block(c_in: int, c_out: int) -> ResBlock:
-            return ResBlock(c_in, c_out, temb_width, groups, dropout)
+            return ResBlock(c_in, c_out, temb_width, norm, dropout, scale_shift_norm)
 
         def attention(level: int, width: int, count: int) -> nn.ModuleList:
-            there = sizes[level] in attention_resolutions
-            return nn.ModuleList(Attention(width, groups) for _ in range(count if there else 0))
+            count = count if sizes[level] in attention_resolutions else 0
+            return nn.ModuleList(Attention(width, norm, num_heads) for _ in range(count))
 
         self.temb: Any = nn.Module()
         self.temb.dense = nn.ModuleList(
@@ -136,13 +154,13 @@ class UNet(Network):
                 skips.append(width)
             down.attn = attention(level, width, num_res_blocks)
             if level < levels - 1:
-                down.downsample = Downsample(width)
+                down.downsample = Downsample(width, (1, 1, 1, 1) if improved else (0, 1, 0, 1))
                 skips.append(width)
             self.down.append(down)
 
         self.mid: Any = nn.Module()
         self.mid.block_1 = block(width, width)
-        self.mid.attn_1 = Attention(width, groups)
+        self.mid.attn_1 = Attention(width, norm, num_heads)
         self.mid.block_2 = block(width, width)
 
         self.up: Any = nn.ModuleList()
@@ -157,8 +175,8 @@ class UNet(Network):
                 up.upsample = Upsample(width)
             self.up.insert(0, up)
 
-        self.norm_out = GroupNorm(groups, width)
-        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+        self.norm_out = norm(width)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self._initialise()
         if classes:  # last, so that the rest begins as it does without
             self.temb.label = nn.Embedding(classes + null_label, temb_width)
@@ -181,7 +199,8 @@ class UNet(Network):
         The label joins before it, as in diffusers and the code of Nichol & Dhariwal 2021.
         """
         first, second = self.temb.dense
-        temb = timestep_embedding(t, self.base_channels).to(first.weight.dtype)
+        temb = timestep_embedding(t * self.time_scale, self.base_channels, improved=self.improved)
+        temb = temb.to(first.weight.dtype)
         temb = second(F.silu(first(temb)))
         return F.silu(temb + self._embed_labels(labels, temb) if self.classes else temb)
 
@@ -214,9 +233,9 @@ class UNet(Network):
         h = self.conv_in(x.to(dtype))
         skips = [h]
         for down in self.down:
-            for block, attend in zip_longest(down.block, down.attn):
+            for block, attention in zip_longest(down.block, down.attn):
                 h = run(block, h, temb)
-                h = run(attend, h) if attend else h
+                h = run(attention, h) if attention else h
                 skips.append(h)  # after the attention
             if down is not self.down[-1]:
                 h = down.downsample(h)
@@ -227,9 +246,9 @@ class UNet(Network):
         h = run(self.mid.block_2, h, temb)
 
         for up in reversed(self.up):
-            for block, attend in zip_longest(up.block, up.attn):
+            for block, attention in zip_longest(up.block, up.attn):
                 h = run(block, torch.cat([h, skips.pop()], dim=1), temb)
-                h = run(attend, h) if attend else h
+                h = run(attention, h) if attention else h
             if up is not self.up[0]:
                 h = up.upsample(h)
 
@@ -252,14 +271,26 @@ class UNet(Network):
 
 
 class ResBlock(nn.Module):
-    """norm, swish, conv, + time, norm, swish, dropout, conv, + shortcut."""
+    """norm, swish, conv, + time, norm, swish, dropout, conv, + shortcut.
 
-    def __init__(self, c_in: int, c_out: int, temb_width: int, groups: int, dropout: float):
+    With scale_shift: norm, swish, conv, norm, scale and shift by time, swish, and so on.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        temb_width: int,
+        norm: Callable[..., GroupNorm],
+        dropout: float,
+        scale_shift: bool,
+    ):
         super().__init__()
-        self.norm1 = GroupNorm(groups, c_in)
+        self.norm1 = norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.temb_proj = nn.Linear(temb_width, c_out)
-        self.norm2 = GroupNorm(groups, c_out)
+        self.temb_proj = nn.Linear(temb_width, c_out * (1 + scale_shift))
+        self.scale_shift = scale_shift
+        self.norm2 = norm(c_out, silu=not scale_shift)
         self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.widens = c_in != c_out
@@ -269,20 +300,24 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """Return [B, c_out, H, W]; x: [B, c_in, H, W]; temb: [B, temb_width] or [temb_width]."""
         h, time = self.norm1(x), self.temb_proj(temb)
-        if time.ndim == 1:  # the same for all: a part of the bias, and one pass over h less
-            h = F.conv2d(h, self.conv1.weight, self.conv1.bias + time, padding=1)
+        if self.scale_shift:
+            scale, shift = time[..., None, None].chunk(2, dim=-3)
+            h = F.silu(self.norm2(self.conv1(h)) * (1 + scale) + shift)
+        elif time.ndim == 1:  # the same for all: a part of the bias, and one pass over h less
+            h = self.norm2(F.conv2d(h, self.conv1.weight, self.conv1.bias + time, padding=1))
         else:
-            h = self.conv1(h) + time[:, :, None, None]
-        h = self.conv2(self.dropout(self.norm2(h)))
+            h = self.norm2(self.conv1(h) + time[:, :, None, None])
+        h = self.conv2(self.dropout(h))
         return h + (self.nin_shortcut(x) if self.widens else x)
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all pixels, with a residual."""
+    """Self-attention over all pixels, with a residual."""
 
-    def __init__(self, width: int, groups: int):
+    def __init__(self, width: int, norm: Callable[..., GroupNorm], heads: int):
         super().__init__()
-        self.norm = GroupNorm(groups, width, silu=False)
+        self.heads = heads
+        self.norm = norm(width, silu=False)
         self.q = nn.Conv2d(width, width, 1)
         self.k = nn.Conv2d(width, width, 1)
         self.v = nn.Conv2d(width, width, 1)
@@ -293,39 +328,19 @@ class Attention(nn.Module):
         h = self.norm(x)
         # [B, C, H, W] -> [B, H * W, C]
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
-        return x + self.proj_out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(width)) v; [B, N, width] each."""
-    if q.device.type == "cpu" and q.shape[1] <= 1024:  # the fused one's gradient is slower there
-        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[2])
-        return torch.softmax(scores, -1, torch.float32).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-
-
-class Dropout(nn.Dropout):
-    """Dropout; on the CPU four 16-bit numbers come from each draw, which costs half as much."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain = x.device.type != "cpu" or torch.compiler.is_compiling()  # it cannot trace `random_`
-        if plain or not (self.training and self.p):
-            return super().forward(x)
-        draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
-        numbers = draws.view(torch.int16)[: x.numel()].as_strided(x.shape, x.stride())
-        kept = numbers >= min(round(self.p * 2**16), 2**16 - 1) - 2**15
-        return x * kept.to(x.dtype) * (1 / (1 - self.p))  # in bfloat16 the mask cannot hold 1.11
+        return x + self.proj_out(attend(q, k, v, self.heads).transpose(1, 2).reshape(x.shape))
 
 
 class Downsample(nn.Module):
-    """Halve the size: a strided convolution, padded at the bottom and right as TensorFlow does."""
+    """Halve the size: a strided convolution; TensorFlow pads (0, 1, 0, 1), bottom and right."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, padding: tuple[int, int, int, int]):
         super().__init__()
+        self.padding = padding
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, self.padding))
 
 
 class Upsample(nn.Module):
@@ -337,24 +352,6 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Return all sines, then all cosines, of t at `width // 2` frequencies from 1 down to 1e-4.
-
-    Args:
-        t: [B].
-
-    Returns:
-        [B, width] float32; an odd width ends in a zero.
-    """
-    half = width // 2
-    # the divisor is half - 1, as in the official code
-    rates = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10_000) / (half - 1))
-    )
-    angles = t.float()[:, None] * rates  # [B, half]
-    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
 def group_count(base_channels: int) -> int:

@@ -204,7 +204,7 @@ class DDPM(pl.LightningModule):
                 network = partial(
                     self.train_network, labels=None if labels is None else labels[rows]
                 )
-                losses = self.diffusion.loss(
+                losses = self.diffusion.training_loss(
                     network, x_0[rows], t[rows], eps[rows], self.loss_weight
                 )
                 loss = losses.sum() / count

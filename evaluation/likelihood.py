@@ -13,24 +13,16 @@ from diffusion_utils import Denoiser, GaussianDiffusion, from_uint8
 from evaluation.metrics import Score
 from generation import SeedNoise, spaced_timesteps
 
-# ---- the terms, as functions of the process
 
+def ask(denoiser: Denoiser, x_t: Tensor, t: Tensor, variance: str) -> tuple[Tensor, Tensor]:
+    """Return x0_hat, and v of the variance of p, see `GaussianDiffusion.log_variance`.
 
-def posterior(diffusion: GaussianDiffusion, t: int) -> tuple[float, float, float]:
-    """Return c_t, c_0, variance of q(x_{t-1} | x_t, x_0), of mean c_t x_t + c_0 x_0 (Eq. 6, 7)."""
-    a_t, a_s, beta = diffusion.alpha_bar(t), diffusion.alpha_bar(t - 1), float(diffusion.betas[t])
-    c_t = (1 - a_s) * math.sqrt(1 - beta) / (1 - a_t)
-    return c_t, beta * math.sqrt(a_s) / (1 - a_t), beta * (1 - a_s) / (1 - a_t)
-
-
-def model_variance(diffusion: GaussianDiffusion, t: int, variance: str) -> float:
-    """Return the variance of p(x_{t-1} | x_t): beta_t for `large`, the posterior's for `small`.
-
-    The posterior has none at t = 0; both take that of t = 1 there, as the official code does.
+    At t = 0 fixedlarge takes the posterior's of t = 1, too, as the official code does.
     """
-    if t == 0 or variance == "small":
-        return posterior(diffusion, max(t, 1))[2]
-    return float(diffusion.betas[t])
+    if variance == "learned":
+        return denoiser(x_t, t, True)
+    large = (t > 0) & (variance == "large")
+    return denoiser(x_t, t), torch.where(large, 1, -1).to(x_t).view(-1, 1, 1, 1)
 
 
 def prior_term(diffusion: GaussianDiffusion, x_0: Tensor, t: int) -> Tensor:
@@ -39,44 +31,6 @@ def prior_term(diffusion: GaussianDiffusion, x_0: Tensor, t: int) -> Tensor:
     # KL of N(m, v) from N(0, 1) is (m^2 + v - 1 - log v) / 2, here with v = 1 - a
     nats = 0.5 * (a * x_0.double().square() - a - math.log1p(-a))
     return nats.flatten(1).mean(1) / math.log(2)
-
-
-def bound_term(
-    diffusion: GaussianDiffusion, x_0: Tensor, x0_hat: Tensor, t: int, variance: str
-) -> Tensor:
-    """Return one term of Eq. 5: KL(q || p) of x_{t-1} given x_t; at t = 0 the decoder's L_0.
-
-    Args:
-        x_0: [B, ...], of 256 levels in [-1, 1]. x0_hat: the model's estimate of it from x_t.
-        variance: of p: `large` (fixedlarge) or `small` (fixedsmall).
-
-    Returns:
-        [B] float64.
-    """
-    x_0, x0_hat = x_0.double(), x0_hat.double()
-    v_p = model_variance(diffusion, t, variance)
-    if t == 0:
-        nats = -log_discretised_gaussian(x_0, x0_hat, math.sqrt(v_p))
-    else:  # both means hold the same c_t x_t, Eq. 8
-        _, c_0, v_q = posterior(diffusion, t)
-        spread = 0.5 * (v_q / v_p - 1 - math.log(v_q / v_p))
-        nats = spread + 0.5 * c_0**2 / v_p * (x_0 - x0_hat).square()
-    return nats.flatten(1).mean(1) / math.log(2)
-
-
-def log_discretised_gaussian(x: Tensor, mean: Tensor, std: float) -> Tensor:
-    """Return log p(x), Eq. 13: a Gaussian's mass in x's bin of 2 / 255, in nats, of x's shape.
-
-    As in the official code: the CDF by its tanh approximation, never less than 1e-12, the bins of
-    -1 and 1 open to the outside.
-    """
-
-    def cdf(z: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-    upper = torch.where(x > 0.999, 1.0, cdf((x - mean + 1 / 255) / std))
-    lower = torch.where(x < -0.999, 0.0, cdf((x - mean - 1 / 255) / std))
-    return torch.log(torch.clamp(upper - lower, min=1e-12))
 
 
 # ---- the bound
@@ -120,10 +74,10 @@ def bits_per_dim(
 
     Args:
         denoiser: (x_t [B, C, H, W] float64, t [B]) -> x0_hat, clipped to [-1, 1]: `make_denoiser`
-            of a network in float32.
+            of a network in float32. A learned variance asks it for v, too.
         x_0: uint8 [N, C, H, W], on the network's device.
         seeds: one an image; it alone decides the image's noise at each t.
-        variance: of p, `large` or `small`.
+        variance: of p, `large`, `small` or `learned`.
         batch_size: rows of one network call: several images, several t of each.
         stride: more than 1 leaves out all but each stride-th t, for an estimate.
         progress: wraps an iterable and knows `total=`.
@@ -154,12 +108,12 @@ def bits_per_dim(
             x = from_uint8(x_0[rows]).to(device).double()
         some = torch.tensor(kept[columns], device=device)
         x_t = torch.cat([diffusion.q_sample(x, t, next(noise)) for t in kept[columns]])
-        estimates = denoiser(x_t, some.repeat_interleave(len(x))).split(len(x))
-        pairs = list(zip(kept[columns], estimates, strict=True))
-        terms = [bound_term(diffusion, x, x0_hat, t, variance) for t, x0_hat in pairs]
-        errors = [(x - x0_hat).square().flatten(1).mean(1) for _, x0_hat in pairs]
-        bits[rows, columns] = torch.stack(terms, dim=1).cpu()
-        mse[rows, columns] = torch.stack(errors, dim=1).cpu()
+        t, target = some.repeat_interleave(len(x)), x.repeat(len(some), 1, 1, 1)
+        x0_hat, v = ask(denoiser, x_t, t, variance)
+        terms = diffusion.bound_term(target, x0_hat, t, diffusion.log_variance(t, v))
+        errors = (target - x0_hat).square().flatten(1).mean(1)
+        bits[rows, columns] = terms.view(len(some), -1).T.cpu()
+        mse[rows, columns] = errors.view(len(some), -1).T.cpu()
     prior = prior_term(diffusion, from_uint8(x_0.cpu()), times[-1])
     return Bound(torch.tensor(kept), bits, mse, prior)
 

@@ -71,6 +71,7 @@ def make_denoiser(
 ) -> Denoiser:
     """Return (x_t [B, C, H, W], t) -> x0_hat, of x_t's type and on its device.
 
+    With True as a third argument it returns (x0_hat, v), v as in `GaussianDiffusion.log_variance`.
     Everything that makes an estimate is closed over here: whoever calls it sees x_t and t alone.
 
     Args:
@@ -90,35 +91,36 @@ def make_denoiser(
         torch._dynamo.config.suppress_errors = True  # where it cannot: slower, with a warning
         predict = torch.compile(predict)
 
-    def estimate(x_t: Tensor, t: int | Tensor, embedding: Tensor) -> Tensor:
+    def estimate(x_t: Tensor, t: int | Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         with exact_float32():
             F = predict(x_t.to(device, torch.float32), embedding).to(x_t)
-        return diffusion.predict_x_0(x_t, t, F)
+        return diffusion.predict_x_0(x_t, t, F), F[:, x_t.shape[1] :]
 
-    def guided(x_t: Tensor, t: int | Tensor) -> Tensor:
+    def guided(x_t: Tensor, t: int | Tensor, with_v: bool) -> tuple[Tensor, Tensor]:
         if not isinstance(t, Tensor):
             scale: Any = guidance.at(diffusion.alpha_bar(t))
             if scale == 1:
                 return estimate(x_t, t, with_label(t))
-            if scale == 0:
-                return guide(x_t, t) if guide else estimate(x_t, t, without(t))
+            if scale == 0 and not with_v:
+                return (guide(x_t, t), x_t[:, :0]) if guide else estimate(x_t, t, without(t))
         else:
             scales = [guidance.at(a) for a in diffusion.alpha_bar(t).tolist()]
             scale = torch.tensor(scales, device=x_t.device, dtype=x_t.dtype).view(-1, 1, 1, 1)
         # x0_hat is affine in eps_hat, so that guiding one guides the other
         if guide:
-            worse, better = guide(x_t, t), estimate(x_t, t, with_label(t))
+            worse, (better, v) = guide(x_t, t), estimate(x_t, t, with_label(t))
         else:
             rows = [e.expand(len(x_t), e.shape[-1]) for e in (without(t), with_label(t))]
             twice = torch.cat([t, t]) if isinstance(t, Tensor) else t
-            both = estimate(torch.cat([x_t, x_t]), twice, torch.cat(rows))
-            worse, better = both.chunk(2)
-        return worse + scale * (better - worse)
+            both, vs = estimate(torch.cat([x_t, x_t]), twice, torch.cat(rows))
+            (worse, better), (_, v) = both.chunk(2), vs.chunk(2)
+        return worse + scale * (better - worse), v  # the label's own variance
 
-    def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
+    def denoise(x_t: Tensor, t: int | Tensor, with_v: bool = False) -> Any:
         plain = guidance.scale == 1
-        x0_hat = estimate(x_t, t, with_label(t)) if plain else guided(x_t, t)
-        return x0_hat.clamp(-1, 1) if clip else x0_hat
+        x0_hat, v = estimate(x_t, t, with_label(t)) if plain else guided(x_t, t, with_v)
+        x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
+        return (x0_hat, v) if with_v else x0_hat
 
     return denoise
 

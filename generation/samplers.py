@@ -28,6 +28,8 @@ FARTHEST = 80  # noise / signal, the sigma_max of Karras et al. 2022
 class Step(NamedTuple):
     """One step of a sampler: x_s = sum x[i] state_i + sum x0[i] estimate_i + sigma z.
 
+    Where the variance is learned, sigma spread^((v + 1) / 2) stands for sigma.
+
     state_0 is x_t, state_1 the state before it; estimate_0 is x0_hat(x_t, t), estimate_1 the one
     before. A step without `x0` asks no network. One with s > t goes back towards noise.
     """
@@ -37,6 +39,14 @@ class Step(NamedTuple):
     x: tuple[float, ...]
     x0: tuple[float, ...]
     sigma: float = 0.0
+    spread: float = 1.0  # how much larger sigma may be
+
+    def ask(self, denoiser: Denoiser, x_t: Tensor) -> tuple[Tensor, float | Tensor]:
+        """Return x0_hat of x_t, and sigma, which a network that learns its variance says, too."""
+        if self.spread == 1:
+            return denoiser(x_t, self.t), self.sigma
+        x0_hat, v = denoiser(x_t, self.t, True)
+        return x0_hat, self.sigma * self.spread ** ((v + 1) / 2)
 
 
 def make_steps(
@@ -53,7 +63,7 @@ def make_steps(
     Args:
         sampler: a key of `SAMPLERS`.
         variance: `ddpm` only: `large` (fixedlarge, beta; the paper's CIFAR-10) or `small`
-            (fixedsmall, the posterior's; the paper's 256x256).
+            (fixedsmall, the posterior's; the paper's 256x256), or `learned` between the two.
         eta: `ddim` only: 0 is deterministic, 1 equals `ddpm` with small variance.
         timesteps: how many steps; None is all T. Rounding can merge a few: the length counts.
         spacing: see `spaced_timesteps`.
@@ -63,11 +73,13 @@ def make_steps(
     """
     for name, value, known in (
         ("sampler", sampler, SAMPLERS),
-        ("variance", variance, ("large", "small")),
+        ("variance", variance, VARIANCES),
         ("spacing", spacing, SPACINGS),
     ):
         if value not in known:
             raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
+    if variance == "learned" and not diffusion.learned_variance:
+        raise ValueError("variance learned: this model has learned none; take large or small")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta} is outside 0 ... 1")
     times = [*spaced_timesteps(diffusion, timesteps, spacing), -1]
@@ -77,12 +89,16 @@ def make_steps(
 def ddpm_steps(
     diffusion: GaussianDiffusion, times: list[int], *, variance: str, **_: Any
 ) -> list[Step]:
-    """Return Algorithm 2's table: DDIM's with eta 1 (Eq. 7), `large` with the variance of beta."""
+    """Return Algorithm 2's table: DDIM's with eta 1 (Eq. 7), `large` with the variance of beta.
+
+    `learned` lies between these two, which are those of the steps that are taken.
+    """
     steps = []
     for step in ddim_steps(diffusion, times, eta=1.0):
-        if variance == "large" and step.s >= 0:
-            ratio = diffusion.alpha_bar(step.t) / diffusion.alpha_bar(step.s)
-            step = step._replace(sigma=math.sqrt(1 - ratio))
+        if variance != "small" and step.s >= 0:
+            large = math.sqrt(1 - diffusion.alpha_bar(step.t) / diffusion.alpha_bar(step.s))
+            sigma = step.sigma if variance == "learned" else large
+            step = step._replace(sigma=sigma, spread=large / sigma)
         steps.append(step)
     return steps
 
@@ -184,6 +200,7 @@ def heun_steps(diffusion: GaussianDiffusion, times: list[int], **_: Any) -> list
     return steps
 
 
+VARIANCES = "large", "small", "learned"
 SAMPLERS: dict[str, Callable[..., list[Step]]] = {
     "ddpm": ddpm_steps,
     "ddim": ddim_steps,
@@ -241,7 +258,7 @@ def reverse(
     """Walk a step table from x_T to the data (Algorithm 2 for `ddpm` over all T).
 
     Args:
-        denoiser: (x_t [B, C, H, W], t: int) -> x0_hat [B, C, H, W], clipped or not.
+        denoiser: (x_t [B, C, H, W], t: int) -> x0_hat [B, C, H, W], clipped or not; see `Step.ask`.
         x_T: [B, C, H, W], standard normal.
         noise: step -> z [B, C, H, W]; asked once for each step whose sigma is not 0, in order.
 
@@ -251,12 +268,14 @@ def reverse(
     states, estimates = [x_T], [x_T]  # newest first
     longest = max((len(c) for step in steps for c in (step.x, step.x0)), default=1)
     for step in steps:
+        sigma: float | Tensor = step.sigma
         if step.x0:
-            estimates = [denoiser(states[0], step.t), *estimates][:longest]
+            x0_hat, sigma = step.ask(denoiser, states[0])
+            estimates = [x0_hat, *estimates][:longest]
         parts = [c * state for c, state in zip(step.x, states, strict=False)]
         parts += [c * estimate for c, estimate in zip(step.x0, estimates, strict=False)]
         if step.sigma:
-            parts.append(step.sigma * noise(step))
+            parts.append(sigma * noise(step))
         x = functools.reduce(torch.add, parts)
         states = [x, *states][:longest]
         yield step, x, estimates[0]

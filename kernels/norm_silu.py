@@ -29,8 +29,8 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 class GroupNorm(nn.GroupNorm):
     """GroupNorm, and SiLU after it unless `silu` is False; [B, C, H, W] -> the same."""
 
-    def __init__(self, groups: int, width: int, *, silu: bool = True):
-        super().__init__(groups, width, eps=1e-6)  # TensorFlow's eps, not PyTorch's 1e-5
+    def __init__(self, groups: int, width: int, *, silu: bool = True, eps: float = 1e-6):
+        super().__init__(groups, width, eps=eps)  # TensorFlow's eps, not PyTorch's 1e-5
         self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = ["PROJECT", "run", "start"]
 TINY = {
     "image_size": 8,
     "channels": 3,
+    "out_channels": 3,
     "classes": 0,
     "null_label": False,
     "base_channels": 32,
@@ -32,9 +33,14 @@ TINY = {
     "num_res_blocks": 2,
     "attention_resolutions": [4],
     "dropout": 0.0,
+    "num_heads": 1,
+    "scale_shift_norm": False,
+    "time_scale": 1.0,
+    "variant": "ddpm",
 }
 PAPER = {"channels": 3, "base_channels": 128, "num_res_blocks": 2, "attention_resolutions": [16]}
-PAPER |= {"classes": 0, "null_label": False}
+PAPER |= {"out_channels": 3, "classes": 0, "null_label": False}
+PAPER |= {"num_heads": 1, "scale_shift_norm": False, "time_scale": 1.0, "variant": "ddpm"}
 CIFAR = {**PAPER, "image_size": 32, "channel_multipliers": [1, 2, 2, 2], "dropout": 0.1}
 HQ = {**PAPER, "image_size": 256, "channel_multipliers": [1, 1, 2, 2, 4, 4], "dropout": 0.0}
 
@@ -83,10 +89,11 @@ def wake(net: nn.Module, seed: int = 0) -> nn.Module:
     return net
 
 
-def process(schedule="linear", T=1000, start=1e-4, end=0.02, prediction="eps"):
+def process(schedule="linear", T=1000, start=1e-4, end=0.02, prediction="eps", learned=False):
     return GaussianDiffusion(
-        timesteps=T, beta_schedule=schedule, beta_start=start, beta_end=end, prediction=prediction
-    )
+        timesteps=T, beta_schedule=schedule, beta_start=start, beta_end=end, prediction=prediction,
+        learned_variance=learned,
+    )  # fmt: skip
 
 
 def steps_of(diffusion, sampler="ddpm", *, variance="large", eta=0.0, n=None, spacing="trailing"):

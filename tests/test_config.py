@@ -49,7 +49,7 @@ def test_the_papers_settings():
 def test_a_section_is_a_constructor():
     """Its keys are the constructor's keywords, less facts of the data; no second defaults."""
     config = load_config(DIGITS)
-    data = {"image_size", "channels", "classes", "null_label"}
+    data = {"image_size", "channels", "out_channels", "classes", "null_label"}
     for section, function, less in (
         (config.model, UNet, data),
         (config.diffusion, GaussianDiffusion, set()),

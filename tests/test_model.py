@@ -145,6 +145,7 @@ def test_any_shape(multipliers, channels, base):
     net = UNet(
         image_size=24,
         channels=channels,
+        out_channels=channels,
         classes=0,
         null_label=False,
         base_channels=base,
@@ -152,6 +153,10 @@ def test_any_shape(multipliers, channels, base):
         num_res_blocks=1,
         attention_resolutions=[24 // 2 ** (len(multipliers) - 1)],
         dropout=0.5,
+        num_heads=1,
+        scale_shift_norm=False,
+        time_scale=1.0,
+        variant="ddpm",
     )
     x = torch.randn(2, channels, 24, 24)
     out = net(x, torch.tensor([0, 5]))

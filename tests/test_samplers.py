@@ -143,7 +143,7 @@ def test_every_table_is_sound(schedule, spacing, sampler):
             assert all(a.s == b.t and a.t >= a.s for a, b in itertools.pairwise(steps))
             _, s, *coefficients = steps[-1]
             assert s == -1
-            assert coefficients == [(0,), (1,), 0]
+            assert coefficients == [(0,), (1,), 0, 1]
             assert steps[0].t < T
 
 

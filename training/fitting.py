@@ -52,7 +52,7 @@ class FitIntoMemory(pl.Callback):
             # what Adam's moments and the ranks' gradients will take, which are not there yet
             later = [torch.empty_like(p) for p in parameters * 3 if p.is_cuda]
             network = partial(module.train_network, labels=labels)
-            loss = module.diffusion.loss(network, x, t, x).mean()
+            loss = module.diffusion.training_loss(network, x, t, x).mean()
             torch.autograd.grad(loss, parameters)
             del later
         except torch.OutOfMemoryError:

@@ -11,9 +11,10 @@ from typing import Any, get_args
 import numpy as np
 from torch import Tensor
 
-from config import Config, DiffusionConfig
+from config import Config, DiffusionConfig, ModelConfig
 from diffusion_utils import make_betas
 from model import group_count
+from weights.improved import facts_of_improved, names_of_improved
 
 # ---- names
 
@@ -59,7 +60,9 @@ def rename(name: str, levels: int, *, to_ours: bool) -> str:
 def to_our_names(state: dict) -> dict[str, Tensor]:
     """Return the tensors of any dialect under our names, in float32."""
     names = {old: str(old).removeprefix("module.").removeprefix("model/") for old in state}
-    names |= {old: LABELS for old, name in names.items() if name == "label_emb.weight"}  # OpenAI's
+    if any(name.startswith(("input_blocks.", "label_emb.")) for name in names.values()):
+        improved = names_of_improved(names.values())
+        names = {old: improved[name] for old, name in names.items()}
     numbers = re.findall(r"(?m)^(?:down|up)_blocks\.(\d+)", "\n".join(names.values()))
     levels = 1 + max(map(int, numbers), default=0)
     ours = {}
@@ -99,23 +102,20 @@ _UNET_OURS = _UNET_ABSENT | {
 _HINTS = {
     "sample_size": "the side of a square, or [height, width]",
     "num_class_embeds": "a number of classes, or null",
-    "out_channels": "as many as in_channels (no learned variance)",
+    "out_channels": "as many as in_channels, or twice where the variance is learned",
     "block_out_channels": "multiples of its first, which is 4 or more",
     "attention_head_dim": "null (one head)",
 }
-_IMPROVED = (
-    "these are the weights of improved-diffusion's U-Net, which is not the paper's: cosines before "
-    "sines, of other frequencies; padding on every side; norm_eps 1e-5; most often several heads"
-)
 _SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
 _SCHEDULERS |= {"DPMSolverMultistepScheduler": "dpm++"}
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _BETAS = {"linear": "linear", "scaled_linear": "quad", "squaredcos_cap_v2": "cosine"}
 _VARIANCES = {f"fixed_{v}{log}": v for v in ("small", "large") for log in ("", "_log")}
+_VARIANCES |= {"learned_range": "learned"}
 
 
 def _unet_of(tree: dict) -> dict[str, Any]:
-    """Return diffusers' config.json of our config's sections dataset, model and training."""
+    """Return diffusers' config.json of our sections dataset, model, diffusion and training."""
     data, model = tree["dataset"], tree["model"]
     size, multipliers = data["image_size"], model["channel_multipliers"]
     shorter, labels = _shorter(size), len(data["classes"])
@@ -123,7 +123,7 @@ def _unet_of(tree: dict) -> dict[str, Any]:
     return _UNET_OURS | {
         "sample_size": size,
         "in_channels": data["channels"],
-        "out_channels": data["channels"],
+        "out_channels": data["channels"] * (1 + tree["diffusion"]["learned_variance"]),
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "block_out_channels": [model["base_channels"] * m for m in multipliers],
@@ -148,12 +148,14 @@ def _sections(
     attends: list[bool],
     blocks: int,
     labels: int,
+    outputs: int,
 ) -> dict[str, dict]:
-    """Return our config's sections dataset, model and training.
+    """Return our config's sections dataset, model, diffusion and training.
 
-    `widths`, `attends` have an entry a level; `labels` are rows of a table, each taken for a class.
+    `widths`, `attends` have an entry a level; `labels` are rows of a table, each taken for a class;
+    `outputs` are channels of the network's output.
     """
-    model = {
+    model = ModelConfig().model_dump() | {
         "base_channels": base,
         "channel_multipliers": [width // base for width in widths] or [1],
         "num_res_blocks": blocks,
@@ -162,7 +164,9 @@ def _sections(
     }
     data = {"image_size": size, "channels": channels, "classes": [str(i) for i in range(labels)]}
     training = {"label_dropout": 0.0} if labels else {}
-    return {"dataset": data | {"labels": labels > 0}, "model": model, "training": training}
+    process = {"learned_variance": outputs == 2 * channels}
+    data |= {"labels": labels > 0}
+    return {"dataset": data, "model": model, "diffusion": process, "training": training}
 
 
 def tree_of_diffusers(unet: dict, scheduler: dict) -> tuple[dict, list[str]]:
@@ -181,7 +185,8 @@ def tree_of_diffusers(unet: dict, scheduler: dict) -> tuple[dict, list[str]]:
     channels, blocks = there["in_channels"], there["layers_per_block"]
     labels = there["num_class_embeds"]
     labels = labels if type(labels) is int and 0 < labels < 100_000 else 0
-    tree = _sections(size, channels, base, widths, attends, blocks, labels)
+    outputs = there["out_channels"]
+    tree = _sections(size, channels, base, widths, attends, blocks, labels, outputs)
     tree["model"]["dropout"] = float(there["dropout"])
     faults, needed = {}, _unet_of(tree)
     for key, value in there.items():
@@ -192,6 +197,11 @@ def tree_of_diffusers(unet: dict, scheduler: dict) -> tuple[dict, list[str]]:
     if "down_block_types" in faults:
         faults.pop("up_block_types", None)  # they are to mirror each other
     process, sampling, wrong, notes = _process_of(scheduler)
+    process |= tree["diffusion"]
+    if process["learned_variance"]:  # their schedulers can do nothing else with it
+        sampling["variance"] = "learned"
+    elif sampling["variance"] == "learned":
+        wrong.append("scheduler.variance_type is learned_range; needed: out_channels for it")
     if wrong := [*faults.values(), *wrong]:
         raise ValueError("\n  ".join(["this network cannot represent it:", *wrong]))
     return tree | {"diffusion": process, "sampling": sampling}, notes
@@ -248,17 +258,24 @@ def _same(one: np.ndarray, other: Any) -> bool:
 
 def same_process(one: dict, other: dict) -> bool:
     """Tell whether two sections diffusion mean the same: two names may mean one schedule."""
-    return one["prediction"] == other["prediction"] and _same(betas_of(one), betas_of(other))
+    same = all(one[key] == other[key] for key in ("prediction", "learned_variance"))
+    return same and _same(betas_of(one), betas_of(other))
 
 
 def to_diffusers(config: Config) -> tuple[dict, dict]:
     """Return the network's config.json and scheduler_config.json, as diffusers writes them."""
     multipliers, process = config.model.channel_multipliers, config.diffusion
+    theirs = ("num_heads", "scale_shift_norm", "time_scale", "variant")
+    if options := config.model.model_dump(include={*theirs}, exclude_defaults=True):
+        raise ValueError(f"not for diffusers: a network with {json.dumps(options)}")
     if multipliers[0] != 1:  # UNet2DModel's first convolution has the width of the first level
         raise ValueError(
             f"model.channel_multipliers is {multipliers}: the first of diffusers' UNet2DModel is 1"
         )
     betas = {ours: theirs for theirs, ours in _BETAS.items()}.get(process.beta_schedule)
+    # their scheduler takes a learned variance wherever there is one
+    learned = process.learned_variance
+    variance = "learned_range" if learned else f"fixed_{config.sampling.variance}"
     scheduler = {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": "0.30.0",
@@ -267,7 +284,7 @@ def to_diffusers(config: Config) -> tuple[dict, dict]:
         "beta_end": process.beta_end,
         "beta_schedule": betas or "linear",
         "trained_betas": None if betas else betas_of(process.model_dump()).tolist(),
-        "variance_type": f"fixed_{config.sampling.variance}",
+        "variance_type": variance,
         "prediction_type": {o: theirs for theirs, o in _PREDICTIONS.items()}[process.prediction],
         "rescale_betas_zero_snr": False,
         "clip_sample": True,
@@ -279,9 +296,12 @@ def to_diffusers(config: Config) -> tuple[dict, dict]:
     return _unet_of(config.model_dump()), scheduler
 
 
-def infer_tree(state: dict[str, Tensor], image_size: Any) -> tuple[dict, list[str]]:
+def infer_tree(
+    state: dict[str, Tensor], image_size: Any, timesteps: int | None = None
+) -> tuple[dict, list[str]]:
     """Return what `tree_of_diffusers` does, from shapes of tensors under our names.
 
+    `image_size` and `timesteps` are those that were asked for, and None where none were.
     ValueError where they are of another network, or do not show the size of its images.
     """
     shapes = {name: list(value.shape) for name, value in state.items() if hasattr(value, "shape")}
@@ -289,14 +309,13 @@ def infer_tree(state: dict[str, Tensor], image_size: Any) -> tuple[dict, list[st
         base, channels = shapes["conv_in.weight"][:2]
         firsts = (f"down.{level}.block.0.conv1.weight" for level in range(len(shapes)))
         widths = [shapes[name][0] for name in firsts if name in shapes]
+        outputs = shapes["conv_out.weight"][0]
         blocks = sum(f"down.0.block.{b}.conv1.weight" in shapes for b in range(len(shapes)))
         if not widths or any(width % base for width in widths):
             raise KeyError("widths that are multiples of the first")
     except (KeyError, ValueError) as error:
-        if any("input_blocks." in name for name in shapes):
-            raise ValueError(_IMPROVED) from None
         raise ValueError(f"these are not the weights of a DDPM network: no {error}") from None
-    attends = [f"down.{level}.attn.0.q.weight" in shapes for level in range(len(widths))]
+    attends = [f"down.{level}.attn.0.norm.weight" in shapes for level in range(len(widths))]
     if not _shorter(image_size) and True not in attends:
         raise ValueError("the weights do not show the size of the images: add dataset.image_size=")
     size = image_size
@@ -304,7 +323,13 @@ def infer_tree(state: dict[str, Tensor], image_size: Any) -> tuple[dict, list[st
         size = 16 * 2 ** attends.index(True)  # the paper has attention at 16x16
     variance = "large" if _shorter(size) < 256 else "small"
     labels = next(iter(shapes.get(LABELS, [])), 0)
-    tree = _sections(size, channels, base, widths, attends, blocks, labels)
-    tree |= {"diffusion": {}, "sampling": {"sampler": "ddpm", "variance": variance}}
-    told = "x".join(map(str, size if isinstance(size, list) else [size, size]))
-    return tree, [f"images of {told}, the paper's linear schedule, variance {variance}"]
+    tree = _sections(size, channels, base, widths, attends, blocks, labels, outputs)
+    variance = "learned" if tree["diffusion"]["learned_variance"] else variance
+    tree |= {"sampling": {"sampler": "ddpm", "variance": variance}}
+    told, process = "x".join(map(str, size if isinstance(size, list) else [size, size])), ""
+    if "mid.attn_1.qkv.weight" in shapes:
+        model, diffusion, process = facts_of_improved(shapes, timesteps)
+        tree["model"] |= model
+        tree["diffusion"] |= diffusion
+    process = process or "the paper's linear schedule"
+    return tree, [f"images of {told}, {process}, variance {variance}"]

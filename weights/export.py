@@ -180,23 +180,25 @@ of {config.dataset.channels}-channel images, after {model.step:,} training steps
 def usage(config: Config) -> str:
     """Return how to draw images with diffusers, for the model card."""
     T, classes = config.diffusion.timesteps, len(config.dataset.classes)
-    few = min(50, T)
+    few, learned = min(50, T), config.diffusion.learned_variance
     if not classes:
+        ddim = f"""
+ddim = DDIMPipeline.from_pretrained("THIS_FOLDER")
+ddim(num_inference_steps={few}).images[0].save("ddim.png")"""
         return f"""```python
-from diffusers import DDIMPipeline, DDPMPipeline
+from diffusers import {"" if learned else "DDIMPipeline, "}DDPMPipeline
 
 ddpm = DDPMPipeline.from_pretrained("THIS_FOLDER")
-ddpm(num_inference_steps={T}).images[0].save("ddpm.png")
-ddim = DDIMPipeline.from_pretrained("THIS_FOLDER")
-ddim(num_inference_steps={few}).images[0].save("ddim.png")
+ddpm(num_inference_steps={T}).images[0].save("ddpm.png"){"" if learned else ddim}
 ```
 """
+    sample = f"sample[:, :{config.dataset.channels}]" if learned else "sample"
     shape = ", ".join(map(str, config.dataset.shape))
     none, guide = "There is no label for none, and so no guidance.", ""
     if config.training.label_dropout:
         none = f"{classes} is no label, which guidance needs."
         guide = f"""
-        F_0 = unet(x, t, torch.tensor([{classes}])).sample  # no label
+        F_0 = unet(x, t, torch.tensor([{classes}])).{sample}  # no label
         F = F_0 + 2.0 * (F - F_0)  # guidance of scale 2"""
     return f"""Labels are numbers: 0 is the first of `classes` below, {classes - 1} the last. {none}
 
@@ -211,7 +213,7 @@ label = torch.tensor([0])
 x = torch.randn(1, {shape})
 for t in scheduler.timesteps:
     with torch.no_grad():
-        F = unet(x, t, label).sample{guide}
+        F = unet(x, t, label).{sample}{guide}
     x = scheduler.step(F, t, x, use_clipped_model_output=True).prev_sample
 image = (x / 2 + 0.5).clamp(0, 1)
 ```
@@ -219,7 +221,7 @@ image = (x / 2 + 0.5).clamp(0, 1)
 
 
 def write_onnx(model: Model, path: Path) -> str:
-    """Write the network: (x [B, C, H, W] float32, t [B] int64) -> its prediction, for any B.
+    """Write the network: (x [B, C, H, W] float32, t [B] int64) -> its output, for any B.
 
     One with labels takes them, too: [B, classes] float32, as `Network.embed` does.
 

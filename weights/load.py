@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from config import Config, apply_override, check_config
 from weights.checkpoint import is_checkpoint, newest_checkpoint, read_plain, up_to_date
 from weights.dialects import infer_tree, same_process, to_our_names, tree_of_diffusers
+from weights.improved import split_heads
 
 _ABOUT = {"config", "step", "weights"}  # what tells our own exports
 _DATASETS = {"cifar": "cifar10", "celeba": "celebahq", "church": "lsun-church"}
@@ -66,9 +67,11 @@ def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
             for p in ("unet.", "ema.")
         )
     else:
-        about, (raw, ema) = {}, _raw_and_ema(path, data)
+        about = {}
         try:
-            tree, notes = infer_tree(ema, chosen.get("dataset", {}).get("image_size"))
+            raw, ema = _raw_and_ema(data)
+            asked = (("dataset", "image_size"), ("diffusion", "timesteps"))
+            tree, notes = infer_tree(ema, *(chosen.get(s, {}).get(key) for s, key in asked))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     tree = {key: {**(tree.get(key) or {}), **chosen.get(key, {})} for key in tree | chosen}
@@ -86,6 +89,7 @@ def read_model(source: str | Path, overrides: Iterable[str] = ()) -> ModelFiles:
             dataset["classes"], how = names[:-1], "the last of them no label"
         notes = [*notes, f"{len(names)} labels, {how}; dataset.classes=[...] names the classes"]
     config = check_config(tree, source=f"the config of {path}")
+    raw, ema = (split_heads(state, config.model.num_heads) for state in (raw, ema))
     return ModelFiles(path, config, ema, raw, step, notes, about.get("weights"))
 
 
@@ -179,7 +183,9 @@ def _read_diffusers(folder: Path, unet: Path) -> tuple[dict, dict, dict, dict, l
     if same_process(config["diffusion"], tree["diffusion"]):
         tree["diffusion"] = config["diffusion"]
     if tree["sampling"]["sampler"] == "ddpm":  # the scheduler that we write
-        tree["sampling"] = config["sampling"] | {"variance": tree["sampling"]["variance"]}
+        variance = tree["sampling"]["variance"]
+        kept = {} if variance == "learned" else {"variance": variance}
+        tree["sampling"] = config["sampling"] | kept
     tree = {section: config[section] | tree.get(section, {}) for section in config}
     return tree, ema, raw, about, notes
 
@@ -257,7 +263,7 @@ def _fetch(source: str) -> Path:
     raise FileNotFoundError(f"nothing at {source}, and no download from the Hub: {reason}")
 
 
-def _raw_and_ema(path: Path, data: Any) -> tuple[dict, dict]:
+def _raw_and_ema(data: Any) -> tuple[dict, dict]:
     """Return raw and EMA weights under our names; twice the same where there is one set."""
     suffix, leaves = "/ExponentialMovingAverage", ("/W", "/b", "/gamma", "/beta")
     if isinstance(data, list) and data and isinstance(data[0], dict):  # of the DDIM code
@@ -266,7 +272,7 @@ def _raw_and_ema(path: Path, data: Any) -> tuple[dict, dict]:
         if not (isinstance(ema, dict) and {*ema} == names):
             ema = raw
     elif not isinstance(data, dict):
-        raise ValueError(f"{path} holds no named tensors")
+        raise ValueError("there are no named tensors")
     elif ema := {n.removesuffix(suffix): v for n, v in data.items() if str(n).endswith(suffix)}:
         raw = {name: value for name, value in data.items() if str(name).endswith(leaves)}
     else:

@@ -58,8 +58,12 @@ class Model(nn.Module):
     def digest(self) -> str:
         """Return 16 hexadecimal digits of the weights and the process."""
         process = self.config.diffusion.model_dump()
-        if process["prediction"] == "eps":
-            del process["prediction"]  # digests are older than the key
+        for key, old in (("prediction", "eps"), ("learned_variance", False)):
+            if process[key] == old:
+                del process[key]  # digests are older than the key
+        # neither shows in the weights
+        unseen = {"num_heads", "time_scale", "variant"}
+        process |= self.config.model.model_dump(include=unseen, exclude_defaults=True)
         digest = hashlib.sha256(json.dumps(process).encode())
         for name, tensor in self.network.state_dict().items():
             digest.update(name.encode())

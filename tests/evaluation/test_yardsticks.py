@@ -38,6 +38,7 @@ def process(prediction="eps", timesteps=1000, schedule="linear"):
         beta_start=1e-4,
         beta_end=0.02,
         prediction=prediction,
+        learned_variance=False,
     )
 
 

@@ -15,6 +15,7 @@ diffusers = pytest.importorskip("diffusers")
     [
         ("ddpm", "large", 0.0),
         ("ddpm", "small", 0.0),
+        ("ddpm", "learned", 0.0),
         ("ddim", "large", 0.0),
         ("ddim", "large", 1.0),
     ],
@@ -23,11 +24,12 @@ def test_the_same_chain(sampler, variance, eta, n):
     """To what their float32 tables allow (alpha_bar is off by up to 3e-5, relative)."""
     common = {"num_train_timesteps": 1000, "clip_sample": True, "timestep_spacing": "trailing"}
     if sampler == "ddpm":
-        scheduler = diffusers.DDPMScheduler(variance_type=f"fixed_{variance}", **common)
+        kind = "learned_range" if variance == "learned" else f"fixed_{variance}"
+        scheduler = diffusers.DDPMScheduler(variance_type=kind, **common)
     else:
         scheduler = diffusers.DDIMScheduler(set_alpha_to_one=True, **common)
     scheduler.set_timesteps(n)
-    d = process()
+    d = process(learned=variance == "learned")
     steps = steps_of(d, sampler, variance=variance, eta=eta, n=n)
     assert scheduler.timesteps.tolist() == [step.t for step in steps]
 
@@ -35,13 +37,20 @@ def test_the_same_chain(sampler, variance, eta, n):
     draw = lambda: torch.randn(2, 3, 8, 8, generator=generator)
     weight, x_T = draw(), draw()
     eps_model = lambda x, t: torch.tanh(x + 0.3 * weight)
+    v_model = lambda x: torch.sin(3 * x - weight)
     noise = {step.t: draw() for step in steps}
-    denoiser = lambda x, t: d.predict_x_0(x, t, eps_model(x, t)).clamp(-1, 1)
+
+    def denoiser(x, t, with_v=False):
+        x0_hat = d.predict_x_0(x, t, eps_model(x, t)).clamp(-1, 1)
+        return (x0_hat, v_model(x)) if with_v else x0_hat
+
     *_, (_, ours, _) = reverse(denoiser, x_T, steps, lambda step: noise[step.t])
 
     theirs = x_T
     for t in scheduler.timesteps:
         eps = eps_model(theirs, t)
+        if variance == "learned":
+            eps = torch.cat([eps, v_model(theirs)], dim=1)
         if sampler == "ddim":
             options = {"eta": eta, "variance_noise": noise[int(t)] if eta else None}
             options["use_clipped_model_output"] = True  # one x_0 in the whole step, as ours

@@ -160,16 +160,6 @@ def test_a_table_of_labels_shows_in_a_state_dict(name, tmp_path):
         import_model(tmp_path / "plain.pt", tmp_path / "p.ckpt", ["dataset.image_size=wide"])
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_the_network_of_improved_diffusion_is_refused_in_one_message(prefix, tmp_path, monkeypatch):
-    layers = ["time_embed.0", "input_blocks.0.0", "input_blocks.1.0.in_layers.0", "out.2"]
-    layers += ["middle_block.1.qkv", "output_blocks.2.0.emb_layers.1", "label_emb"]
-    torch.save({f"{prefix}{n}.weight": torch.zeros(8, 8) for n in layers}, tmp_path / "ema.pt")
-    output = invoke("convert.py import ema.pt out.ckpt", tmp_path, monkeypatch, 2)
-    assert "ema.pt: these are the weights of improved-diffusion's U-Net" in output
-    assert "missing" not in output and len(output) < 400
-
-
 @pytest.mark.parametrize(
     ("before", "after"),
     [
