@@ -99,7 +99,7 @@ def test_muons_updates_are_orthogonal():
     for w in weights:
         w.grad = torch.randn_like(w)
     optimizer.step()
-    assert weights[0].detach().square().mean().sqrt() == pytest.approx(0.01 * RMS, rel=0.1)
+    assert weights[0].detach().square().mean().sqrt() == pytest.approx(0.01 * RMS, rel=0.2)
     assert weights[1].detach().abs().max() == pytest.approx(0.01, rel=1e-3)  # Adam's first step
 
 
