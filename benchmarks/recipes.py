@@ -38,6 +38,7 @@ from evaluation.likelihood import bits_per_dim, likelihood_scores
 from evaluation.metrics import Tally, compute
 from generation import make_denoiser
 from pl_utils import DDPM, TRAIN, quick_images, seed_of
+from plotting.boards import GRAY, OURS, chart, write_figure
 from training.datamodule import open_images, train_batches
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
