@@ -212,8 +212,6 @@ class TrainingConfig(Section):
                 f"loss_weight_gamma {gamma} is above 0, of min-snr, soft-min-snr and p2, or "
                 f"sigmoid's bias; loss_weight is {self.loss_weight}"
             )
-        if self.t_density == "uniform" and (self.t_density_mean, self.t_density_width) != (0, 2):
-            raise ValueError("t_density_mean and t_density_width belong to t_density=normal")
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(f"weight_decay {self.weight_decay} belongs to optimizer=adamw")
         if self.ema == "power" and not self.ema_lengths:

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from cli import check_sampling
-from config import Config, check_config, load_config
+from config import Config, TrainingConfig, check_config, load_config
 from dataset import load_images
 from diffusion_utils import GaussianDiffusion
 from files import differences, parse_yaml, to_yaml
@@ -35,6 +35,17 @@ def test_the_papers_settings():
         assert (config.model.base_channels, config.model.num_res_blocks) == (128, 2)
         assert config.model.attention_resolutions == [16]
         assert (config.sampling.sampler, config.sampling.timesteps) == ("ddpm", None)
+    church = load_config("configs/lsun_church.yml")
+    for config in (cifar, celeba, church):  # no knob of later papers is turned
+        of_the_paper = {"batch_size", "max_steps", "learning_rate", "warmup_steps", "ema_decay"}
+        turned = config.training.model_fields_set - of_the_paper
+        assert all(
+            getattr(config.training, key) == TrainingConfig.model_fields[key].default
+            for key in turned
+        )
+        assert (config.diffusion.prediction, config.diffusion.learned_variance) == ("eps", False)
+        assert config.training.optimizer == "adam"
+        assert (config.model.num_heads, config.model.variant) == (1, "ddpm")
     assert (cifar.training.batch_size, celeba.training.batch_size) == (128, 64)
     assert (cifar.training.learning_rate, celeba.training.learning_rate) == (2e-4, 2e-5)
     assert (cifar.training.max_steps, celeba.training.max_steps) == (800_000, 500_000)

@@ -123,7 +123,6 @@ def test_adamw_decays_and_adam_does_not():
         (["training.loss_weight=p2", "training.loss_weight_gamma=-1"], "gamma -1.0 is above 0"),
         (["training.loss_weight=minsnr"], "min-snr"),
         (["training.t_density_width=0"], "greater than 0"),
-        (["training.t_density_mean=1"], "t_density=normal"),
     ],
 )
 def test_knobs_that_do_nothing_are_refused(overrides, says):
