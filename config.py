@@ -188,7 +188,7 @@ class TrainingConfig(Section):
     loss_weight: Literal["eps", "x0", "v", "min-snr", "soft-min-snr", "p2", "sigmoid"] = "eps"
     """weight of the eps error over t: eps (the paper's) is 1; docs/recipes.md has the others"""
     loss_weight_gamma: float | None = None
-    """gamma of min-snr, soft-min-snr, p2, bias of sigmoid; null is 5, 5, 1, -1, as published"""
+    """gamma of min-snr, soft-min-snr, p2, bias of sigmoid; null is 5, 5, 1, -1"""
     t_density: Literal["uniform", "normal"] = "uniform"
     """how t is drawn: uniform (the paper's), or normal in log SNR"""
     t_density_mean: float = 0.0
@@ -211,6 +211,10 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"loss_weight_gamma {gamma} is above 0, of min-snr, soft-min-snr and p2, or "
                 f"sigmoid's bias; loss_weight is {self.loss_weight}"
+            )
+        if self.learning_rate_decay == "inverse-sqrt" and not self.warmup_steps:
+            raise ValueError(
+                "learning_rate_decay=inverse-sqrt falls from warmup_steps on: give some"
             )
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(f"weight_decay {self.weight_decay} belongs to optimizer=adamw")
@@ -363,6 +367,11 @@ class Config(Section):
             raise ValueError(f"training.keep_best={best} needs evaluation.{key} in 1 ... {last}")
         if self.sampling.variance == "learned" and not self.diffusion.learned_variance:
             raise ValueError("sampling.variance=learned needs diffusion.learned_variance=true")
+        if self.diffusion.learned_variance and self.training.t_density != "uniform":
+            raise ValueError(
+                "diffusion.learned_variance learns by the bound, a mean over all t alike: it needs "
+                "training.t_density=uniform"
+            )
         steps, T = self.sampling.timesteps, self.diffusion.timesteps
         if steps is not None and steps > T:
             raise ValueError(f"sampling.timesteps {steps} is more than diffusion.timesteps {T}")

@@ -48,7 +48,7 @@ LOSS_WEIGHTS: dict[str, Callable[..., np.ndarray]] = {
     "soft-min-snr": lambda snr, gamma=5.0: gamma / (snr + gamma),  # Crowson et al. 2024
     "p2": lambda snr, gamma=1.0: (1 + snr) ** -gamma,  # Choi et al. 2022, k = 1
     # Hoogeboom et al. 2024: sigmoid(b - log SNR)
-    "sigmoid": lambda snr, gamma=-1.0: 1 / (1 + snr * math.exp(-gamma)),
+    "sigmoid": lambda snr, gamma=-1.0: np.exp(-np.logaddexp(0, np.log(at_least(snr)) - gamma)),
 }
 # p over t, of SNR and of what some take, not normalised
 T_DENSITIES: dict[str, Callable[..., np.ndarray]] = {
@@ -63,11 +63,15 @@ def at_least(snr: np.ndarray) -> np.ndarray:
 
 
 def normal_density(log_snr: np.ndarray, mean: float, width: float) -> np.ndarray:
-    """Return p over t for which log SNR is normal, as the noise levels of Karras et al. 2022."""
+    """Return p over t for which log SNR is normal, as the noise levels of Karras et al. 2022.
+
+    No t is drawn less often than a hundredth of the mean: sampling visits all of them.
+    """
     z = ((log_snr - mean) / width) ** 2 / 2
     # log SNR is not even over t: a step stands for as much of it as lies around it
     around = np.abs(np.gradient(log_snr)) if len(log_snr) > 1 else 1.0
-    return np.exp(z.min() - z) * around
+    p = np.exp(z.min() - z) * around
+    return np.maximum(p, p.mean() / 100)
 
 
 def make_betas(schedule: str, timesteps: int, start: float, end: float) -> np.ndarray:
@@ -129,7 +133,7 @@ class GaussianDiffusion:
             raise ValueError(f"prediction {prediction!r} is not one of {', '.join(TARGETS)}")
         a, b = TARGETS[prediction](s, n)
         d = s * b - n * a  # x0_hat = (b x_t - n F) / d; eps_hat = (s F - a x_t) / d
-        if learned_variance and (timesteps < 2 or not d[:-1].all()):
+        if learned_variance and (timesteps < 2 or np.abs(d[:-1]).min() < 1e-30):  # in float32
             raise ValueError(
                 "learned_variance needs 2 timesteps and more, and an x_0 that each prediction "
                 "implies: where a schedule ends without signal, as jsd, predict x0 or v"

@@ -149,9 +149,10 @@ class DDPM(pl.LightningModule):
         kept = torch.rand(count, generator=generator, device=self.device)
         # the coin's side decides the flip, what lies below it where in the step's cells t falls
         cell = t * CELLS + ((2 * coin) % 1 * CELLS).long()
-        if self.config.training.t_stratified and stream == TRAIN:
-            cell = (torch.arange(count, device=self.device) * (T * CELLS) + cell) // count
-        t = torch.searchsorted(self.t_edges, cell, right=True)
+        if stream == TRAIN:  # validation is the same for all densities
+            if self.config.training.t_stratified:
+                cell = (torch.arange(count, device=self.device) * (T * CELLS) + cell) // count
+            t = torch.searchsorted(self.t_edges, cell, right=True)
         return Draws(t, eps, coin < 0.5, kept >= self.config.training.label_dropout)
 
     def training_step(self, batch: Batch, _: int) -> None:

@@ -195,8 +195,11 @@ class Yardstick:
         total, stride = 0.0, ddpm.diffusion.timesteps // 50
         for label in labels:
             images, known = (part if part is None else part[:BITS] for part in self.batch)
+            count = len(images)
             if label is not None:
                 images = images[(known == label[: self.classes]).all(dim=1)]
+            if not len(images):
+                continue
             bound = bits_per_dim(
                 make_denoiser(ddpm.ema, ddpm.diffusion, label=label),
                 ddpm.diffusion,
@@ -207,7 +210,7 @@ class Yardstick:
                 stride=stride,
             )
             scores = likelihood_scores(bound, stride=stride, timesteps=ddpm.diffusion.timesteps)
-            total += next(iter(scores.values())).value * len(images) / BITS
+            total += next(iter(scores.values())).value * len(images) / count
         return total
 
 

@@ -17,6 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from plotting.boards import GRAY, OURS, THEIRS, chart, write_figure
 
+PAPER = (
+    "diffusion.prediction=eps training.loss_weight=eps training.t_density=uniform "
+    "training.optimizer=adam training.max_steps=2800 training.ema_decay=0.998 "
+    "evaluation.validate_every=400"
+)
 PLAIN = "dataset.name=npy dataset.labels=false guidance.scale=1"
 RUNS = {
     "good": ("good", ""),
@@ -51,7 +56,7 @@ def main() -> None:
     make_data()
     for name, (title, overrides) in RUNS.items():
         if not Path("lightning_logs", name).exists():
-            command = f"train.py configs/digits.yml {overrides} --run-name {name}"
+            command = f"train.py configs/digits.yml {PAPER} {overrides} --run-name {name}"
             done = subprocess.run(
                 [sys.executable, *command.split()], capture_output=True, text=True, check=True
             )

@@ -246,7 +246,10 @@ def spaced_timesteps(diffusion: GaussianDiffusion, count: int | None, spacing: s
         times = [i * T // count for i in range(count)]
     else:
         times = [int(x) for x in np.linspace(0, math.sqrt(0.8 * T), count) ** 2]
-    return sorted({t for t in times if t < visible}, reverse=True)
+    found = sorted({t for t in times if t < visible}, reverse=True)
+    if not found:
+        raise ValueError(f"timesteps {count} visits no t that holds some of x_0; try 2")
+    return found
 
 
 SPACINGS = "trailing", "uniform", "quadratic", "logsnr", "karras"

@@ -14,6 +14,8 @@ ITERATIONS = ((3.4445, -4.7750, 2.0315),) * 5  # coefficients of Jordan et al. 2
 class Muon(torch.optim.Adam):
     """Muon for matrices and kernels, [out, in, ...] as [out, in * ...]; Adam for vectors.
 
+    For all of them: Jordan et al. leave embeddings, the first and the last layer to Adam.
+
     An update is the orthogonal matrix nearest to the Nesterov momentum, but for its singular
     values, which lie between about 0.7 and 1.2, times `RMS sqrt(max(rows, columns))` (Liu et al.
     2025). Options are Adam's; of those matrices heed the learning rate alone, and `found_inf`.
@@ -52,7 +54,11 @@ def orthogonal(matrices: Tensor) -> Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    # x becomes q x in each iteration, and x x^T q (x x^T) q: on the small square alone
+    one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    gram, turn = x @ x.mT, one
     for a, b, c in ITERATIONS:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        q = a * one + b * gram + c * gram @ gram
+        gram, turn = q @ gram @ q, q @ turn
+    x = turn @ x
     return x.mT if tall else x

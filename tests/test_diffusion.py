@@ -197,6 +197,7 @@ def test_weights_are_as_published(schedule):
             np.testing.assert_allclose(found, np.minimum(snr, gamma) / per, rtol=1e-12)
             soft = d.column(LOSS_WEIGHTS["soft-min-snr"], gamma=gamma).numpy() * own
             np.testing.assert_allclose(soft, snr * gamma / (snr + gamma) / per, rtol=1e-12)
+            assert d.column(LOSS_WEIGHTS["sigmoid"], gamma=-1000).isfinite().all()
             sigmoid = d.column(LOSS_WEIGHTS["sigmoid"], gamma=math.log(gamma)).numpy() * own
             np.testing.assert_allclose(sigmoid, soft, rtol=1e-12)  # two names of one curve
             p2 = d.column(LOSS_WEIGHTS["p2"], gamma=gamma).numpy() * own
@@ -252,10 +253,11 @@ def test_log_snr_can_be_drawn_from_a_normal_distribution(schedule):
     log_snr = np.log([d.alpha_bar(t) / (1 - d.alpha_bar(t)) for t in range(1000)])
     share = density / density.sum()
     mean = share @ log_snr
-    assert mean == pytest.approx(-1, abs=0.01)
-    assert share @ (log_snr - mean) ** 2 == pytest.approx(1.5**2, rel=0.02)
-    # none where there is no signal, and somewhere however far from all levels the mean is
-    assert process("jsd").column(T_DENSITIES["normal"], mean=0, width=1)[-1] < 1e-30
+    assert mean == pytest.approx(-1, abs=0.05)
+    assert share @ (log_snr - mean) ** 2 == pytest.approx(1.5**2, rel=0.1)
+    # every t has its turn, and something is drawn however far from all levels the mean is
+    narrow = d.column(T_DENSITIES["normal"], mean=0, width=0.5)
+    assert cell_edges(narrow).diff().min() >= CELLS // 200
     assert d.column(T_DENSITIES["normal"], mean=1000, width=0.1).sum() > 0
 
 

@@ -69,6 +69,7 @@ def rebuild(run: Path, length: float, step: int | None, out: Path | None) -> tup
     """
     if not 0 < length < 0.28:
         raise ValueError(f"--length {length:g} is not between 0 and 0.28; try 0.1")
+    run = run.parent.parent if run.suffix == ".ckpt" else run  # RUN/checkpoints/last.ckpt
     folder = run / "ema"
     paths = {int(path.stem[5:]): path for path in saved_steps(folder, SUFFIX)}
     if not paths:
