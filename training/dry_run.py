@@ -158,9 +158,9 @@ class Rehearsal:
     def checkpoint(self) -> tuple[float, int]:
         """Return the seconds and bytes of one, written where the run's would be, and deleted."""
         states = {"state_dict": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-        weights = [*self.module.unet.parameters()]
+        weights = dict(self.module.unet.named_parameters())
         for length in self.config.training.ema_lengths:
-            states[f"averages of {length}"] = dict(enumerate(w.detach().clone() for w in weights))
+            states[f"EMA of {length}"] = {k: w.detach().clone() for k, w in weights.items()}
         results = Path(self.config.logging.results_folder).absolute()
         home = next(p for p in (results, *results.parents) if p.is_dir())
         with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=home) as folder:
