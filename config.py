@@ -165,18 +165,14 @@ class TrainingConfig(Section):
     """images a step, on all devices together"""
     max_steps: int = free(ge=1, le=10**9)
     """steps of the whole run"""
-    optimizer: Literal["adam", "adamw", "muon"] = "adam"
-    """adam (the paper's), adamw or muon"""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """adam (the paper's) or muon"""
     learning_rate: float = Field(2e-4, gt=0)
     """its largest, after the warmup"""
     warmup_steps: int = Field(5000, ge=0)
     """steps over which the learning rate rises from 0"""
     learning_rate_decay: Literal["constant", "cosine", "linear", "inverse-sqrt"] = "constant"
     """then: constant (the paper's); cosine or linear to 0 at max_steps; inverse-sqrt of the step"""
-    beta2: float = Field(0.999, gt=0, lt=1)
-    """decay of the optimizer's mean of squared gradients"""
-    weight_decay: float = Field(0.0, ge=0)
-    """adamw's"""
     gradient_clip_norm: float | None = Field(1.0, gt=0)
     """largest norm of the global batch's gradient; null does not clip"""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
@@ -216,8 +212,6 @@ class TrainingConfig(Section):
             raise ValueError(
                 "learning_rate_decay=inverse-sqrt falls from warmup_steps on: give some"
             )
-        if self.weight_decay and self.optimizer != "adamw":
-            raise ValueError(f"weight_decay {self.weight_decay} belongs to optimizer=adamw")
         if self.ema == "power" and not self.ema_lengths:
             raise ValueError("ema=power has no ema_lengths; try training.ema_lengths=[0.05,0.1]")
         return self

@@ -115,14 +115,9 @@ class DDPM(pl.LightningModule):
         return resolve_precision(self.config, self.device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        learn = self.config.training
         # fused: one kernel, and it skips an update on the device when told `found_inf`
-        return OPTIMIZERS[learn.optimizer](
-            self.unet.parameters(),
-            lr=self.learning_rate(0),
-            betas=(0.9, learn.beta2),
-            weight_decay=learn.weight_decay,
-            fused=True,
+        return OPTIMIZERS[self.config.training.optimizer](
+            self.unet.parameters(), lr=self.learning_rate(0), betas=(0.9, 0.999), fused=True
         )
 
     @cached_property

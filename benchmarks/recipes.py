@@ -86,11 +86,10 @@ RECIPES = {
     "cosine-rate": ["training.learning_rate_decay=cosine"],
     "linear-rate": ["training.learning_rate_decay=linear"],
     "inverse-sqrt-rate": ["training.learning_rate_decay=inverse-sqrt"],
-    "beta2-0.99": ["training.beta2=0.99"],
-    "beta2-0.95": ["training.beta2=0.95"],
-    "adamw": ["training.optimizer=adamw", "training.weight_decay=0.01"],
     "muon": ["training.optimizer=muon"],
-    "immiscible": [],  # these two are below
+    "adamw": [],  # these four are below
+    "beta2-0.99": [],
+    "immiscible": [],
     "augmented": [],
     "dropout": ["model.dropout=0.1"],
     "no-clip": ["training.gradient_clip_norm=null"],
@@ -217,6 +216,22 @@ class Yardstick:
 # ---- what was tried and is no part of the project
 
 
+class WithAdamW(DDPM):
+    """Learns by AdamW."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        rate = self.config.training.learning_rate
+        return torch.optim.AdamW(self.unet.parameters(), rate, weight_decay=0.01, fused=True)
+
+
+class WithBeta2(DDPM):
+    """Learns by Adam with a shorter memory of squared gradients."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        rate = self.config.training.learning_rate
+        return torch.optim.Adam(self.unet.parameters(), rate, betas=(0.9, 0.99), fused=True)
+
+
 class Immiscible(DDPM):
     """Gives each image of a batch the noise that is near it (Li et al. 2024), one to one."""
 
@@ -268,7 +283,8 @@ class Augmented(DDPM):
         super().update(batch._replace(images=images, labels=labels), *args, step=step, **how)
 
 
-TRIALS = {"immiscible": Immiscible, "augmented": Augmented}
+TRIALS = {"adamw": WithAdamW, "beta2-0.99": WithBeta2}
+TRIALS |= {"immiscible": Immiscible, "augmented": Augmented}
 
 
 @app.command()

@@ -9,7 +9,6 @@ from optim.schedules import DECAYS, RATE_DECAYS, exponent, initial_share, power_
 
 OPTIMIZERS: dict[str, Any] = {
     "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
     "muon": Muon,
 }
 

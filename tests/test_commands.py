@@ -184,9 +184,9 @@ def test_two_devices_are_one_run(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
     common = (
         "configs/smoke.yml model.dropout=0.0 hardware.precision=32-true hardware.accelerator=cpu "
-        "logging.log_every=1 dataset.labels=true diffusion.prediction=v training.optimizer=adamw "
+        "logging.log_every=1 dataset.labels=true diffusion.prediction=v training.optimizer=muon "
         "training.loss_weight=min-snr training.t_density=normal training.t_stratified=true "
-        "training.weight_decay=0.01 training.learning_rate_decay=inverse-sqrt "
+        "training.learning_rate_decay=inverse-sqrt "
         "evaluation.validate_every=30 training.max_steps=30"
     )
     two = "hardware.devices=2 hardware.micro_batch_size=2"

@@ -153,7 +153,7 @@ def test_a_test_set_is_the_validation_set(name):
 
 def test_older_files_load_and_say_what_moved(capsys):
     tree = load_config(DIGITS).model_dump(mode="json")
-    del tree["dataset"]["fit"], tree["model"]["num_heads"], tree["training"]["beta2"]
+    del tree["dataset"]["fit"], tree["model"]["num_heads"], tree["training"]["ema"]
     for section in ("hardware", "logging", "evaluation"):
         tree["training"] |= tree.pop(section)
     assert check_config(tree, source="old.yml") == load_config(DIGITS)

@@ -17,14 +17,11 @@ ALL = (
     "training.loss_weight_gamma=3",
     "training.t_density=normal",
     "training.t_stratified=true",
-    "training.optimizer=adamw",
-    "training.beta2=0.99",
-    "training.weight_decay=0.1",
     "training.learning_rate_decay=cosine",
 )
 
 
-MUON = *(knob for knob in ALL if "decay=0" not in knob), "training.optimizer=muon"
+MUON = *ALL, "training.optimizer=muon"
 
 
 @pytest.mark.parametrize("knobs", [ALL, MUON])
@@ -106,22 +103,9 @@ def test_muons_updates_are_orthogonal():
     assert weights[1].detach().abs().max() == pytest.approx(0.01, rel=1e-3)  # Adam's first step
 
 
-def test_adamw_decays_and_adam_does_not():
-    with_decay = "training.optimizer=adamw", "training.weight_decay=0.1", "training.beta2=0.5"
-    for overrides, kind, decay, beta2 in (
-        ((), torch.optim.Adam, 0, 0.999),
-        (with_decay, torch.optim.AdamW, 0.1, 0.5),
-    ):
-        optimizer = DDPM(tiny(*overrides)).configure_optimizers()
-        assert type(optimizer) is kind
-        (group,) = optimizer.param_groups
-        assert (group["weight_decay"], group["betas"]) == (decay, (0.9, beta2))
-
-
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["training.weight_decay=0.1"], "weight_decay 0.1 belongs to optimizer=adamw"),
         (["training.loss_weight_gamma=3"], "loss_weight is eps"),
         (["training.loss_weight=p2", "training.loss_weight_gamma=-1"], "gamma -1.0 is above 0"),
         (["training.loss_weight=minsnr"], "min-snr"),
