@@ -7,6 +7,7 @@ checkpoint. `model`, `diffusion`, `sampling` and `guidance` mirror one construct
 (`evaluation`). Facts of the data are written once, under `dataset`. Defaults live here only.
 """
 
+import itertools
 import os
 import reprlib
 import sys
@@ -214,6 +215,9 @@ class TrainingConfig(Section):
             )
         if self.ema == "power" and not self.ema_lengths:
             raise ValueError("ema=power has no ema_lengths; try training.ema_lengths=[0.05,0.1]")
+        for shorter, longer in itertools.pairwise(sorted(self.ema_lengths)):
+            if longer < 1.05 * shorter:  # other lengths are made of their differences
+                raise ValueError(f"ema_lengths {shorter} and {longer} are nearly the same")
         return self
 
 

@@ -314,7 +314,11 @@ def infer_tree(
         if not widths or any(width % base for width in widths):
             raise KeyError("widths that are multiples of the first")
     except (KeyError, ValueError) as error:
-        raise ValueError(f"these are not the weights of a DDPM network: no {error}") from None
+        hint = ""
+        if any(re.fullmatch(r"0\.\d+\.conv_in\.weight", name) for name in shapes):
+            hint = "; this is a snapshot: make an EMA of a run's by `python convert.py ema RUN`"
+        wrong = f"these are not the weights of a DDPM network: no {error}{hint}"
+        raise ValueError(wrong) from None
     attends = [f"down.{level}.attn.0.norm.weight" in shapes for level in range(len(widths))]
     if not _shorter(image_size) and True not in attends:
         raise ValueError("the weights do not show the size of the images: add dataset.image_size=")

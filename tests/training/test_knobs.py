@@ -109,6 +109,7 @@ def test_muons_updates_are_orthogonal():
         (["training.loss_weight_gamma=3"], "loss_weight is eps"),
         (["training.loss_weight=p2", "training.loss_weight_gamma=-1"], "gamma -1.0 is above 0"),
         (["training.loss_weight=minsnr"], "min-snr"),
+        (["training.ema_lengths=[0.1,0.1001]"], "0.1 and 0.1001 are nearly the same"),
         (
             ["training.warmup_steps=0", "training.learning_rate_decay=inverse-sqrt"],
             "inverse-sqrt falls from warmup_steps on",

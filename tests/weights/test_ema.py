@@ -196,6 +196,10 @@ def test_what_cannot_be_made_is_one_message(history, tmp_path, monkeypatch):
     }
     for arguments, message in cases.items():
         assert message in invoke(f"convert.py ema {arguments}", tmp_path, monkeypatch, 2), arguments
+    said = invoke(f"sample.py '{folder}/ema/step-00000100.safetensors'", tmp_path, monkeypatch, 2)
+    assert "this is a snapshot: make an EMA of a run's by `python convert.py ema RUN`" in said
+    last = f"'{folder}/checkpoints/last.ckpt' --length 0.1 --output of_last.safetensors"
+    invoke(f"convert.py ema {last}", tmp_path, monkeypatch)  # the run that it is of
     shutil.copytree(folder, tmp_path / "cut")
     path = tmp_path / "cut/ema/step-00000100.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
