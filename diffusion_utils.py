@@ -164,6 +164,11 @@ class GaussianDiffusion:
         value = self._alpha_bar[index]
         return torch.from_numpy(value) if isinstance(t, Tensor) else float(value)
 
+    @property
+    def visible(self) -> int:
+        """How many t, from 0 on, leave something of x_0 in x_t; all but the last of `jsd`."""
+        return int(np.count_nonzero(self._alpha_bar[:-1]))
+
     def _at(self, t: int | Tensor, like: Tensor, *names: str) -> list[Any]:
         """Return columns at t, as floats or as [B, 1, 1, 1] of `like`'s type and device."""
         if not isinstance(t, Tensor):

@@ -232,7 +232,7 @@ def spaced_timesteps(diffusion: GaussianDiffusion, count: int | None, spacing: s
         raise ValueError(f"timesteps {count} is outside 1 ... {T}, the steps of this model")
     if count == 1 < T and spacing != "trailing":
         raise ValueError(f"spacing {spacing} with 1 step would not start in noise; use trailing")
-    visible = int(torch.count_nonzero(diffusion.alpha_bar(torch.arange(T))))
+    visible = diffusion.visible
     if spacing in ("logsnr", "karras"):
         known = np.array([half_log_snr(diffusion.alpha_bar(t)) for t in range(visible)])
         wanted = np.linspace(known[-1], known[0], count)

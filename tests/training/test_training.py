@@ -138,8 +138,8 @@ def test_flips_are_half_and_only_when_asked(tmp_path):
             seen.append((x_0, heads))
 
     def spy(ddpm):
-        loss = ddpm.diffusion.loss
-        ddpm.diffusion.loss = lambda model, x_0, *rest: (
+        loss = ddpm.diffusion.training_loss
+        ddpm.diffusion.training_loss = lambda model, x_0, *rest: (
             given.append(x_0),
             loss(model, x_0, *rest),
         )[1]
