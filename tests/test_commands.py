@@ -123,7 +123,11 @@ def test_nothing_of_a_persons_own_is_written_over(place, monkeypatch):
 
 @pytest.mark.parametrize(
     ("signum", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (getattr(signal, "SIGHUP", 15), 129)],
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(getattr(signal, "SIGHUP", 15), 129, marks=pytest.mark.slow),
+    ],
 )
 def test_signals_save_and_name_what_goes_on(place, signum, code):
     name = f"stopped-{code}"
@@ -180,7 +184,8 @@ def losses(run: Path) -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars("train/loss")}
 
 
-def test_two_devices_are_one_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stops", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_devices_are_one_run(tmp_path, monkeypatch, stops):
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
     common = (
         "configs/smoke.yml model.dropout=0.0 hardware.precision=32-true hardware.accelerator=cpu "
@@ -191,26 +196,25 @@ def test_two_devices_are_one_run(tmp_path, monkeypatch):
     )
     two = "hardware.devices=2 hardware.micro_batch_size=2"
     invoke(f"train.py {common} --run-name one", tmp_path, monkeypatch, 0)
-    output = run(f"python train.py {common} {two} --run-name two", tmp_path)
-    assert output.count("run folder: lightning_logs/two") == 2
-    # and on two, then on one, then on two again
-    run(f"python train.py {common} {two} training.max_steps=10 --run-name both", tmp_path)
-    alone = f"train.py {common} training.max_steps=20 --run-name both --continue-training"
-    invoke(alone, tmp_path, monkeypatch, 0)
-    run(f"python train.py {common} {two} --run-name both --continue-training", tmp_path)
-    names = "one", "two", "both"
-    one, *others = (
+    if stops:  # on two, then on one, then on two again
+        run(f"python train.py {common} {two} training.max_steps=10 --run-name two", tmp_path)
+        alone = f"train.py {common} training.max_steps=20 --run-name two --continue-training"
+        invoke(alone, tmp_path, monkeypatch, 0)
+        run(f"python train.py {common} {two} --run-name two --continue-training", tmp_path)
+    else:
+        output = run(f"python train.py {common} {two} --run-name two", tmp_path)
+        assert output.count("run folder: lightning_logs/two") == 2
+    names = "one", "two"
+    one, other = (
         torch.load(tmp_path / f"lightning_logs/{name}/checkpoints/last.ckpt", weights_only=True)
         for name in names
     )
-    for other in others:
-        assert other["global_step"] == 30
-        for key, value in one["state_dict"].items():
-            torch.testing.assert_close(other["state_dict"][key], value, rtol=1e-4, atol=1e-4)
-    one, *others = (losses(tmp_path / f"lightning_logs/{name}") for name in names)
-    for other in others:
-        assert list(other) == list(range(1, 31))
-        assert list(other.values()) == pytest.approx(list(one.values()), rel=1e-4)
+    assert other["global_step"] == 30
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(other["state_dict"][key], value, rtol=1e-4, atol=1e-4)
+    one, other = (losses(tmp_path / f"lightning_logs/{name}") for name in names)
+    assert list(other) == list(range(1, 31))
+    assert list(other.values()) == pytest.approx(list(one.values()), rel=1e-4)
 
 
 def test_without_a_config_those_there_are_named(place, monkeypatch):

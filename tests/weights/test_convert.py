@@ -41,7 +41,7 @@ def export(source: Path, folder: Path, monkeypatch, *options: str) -> str:
     ("config", "yaml", "tensors", "times"),
     [
         (HUB_CIFAR, "configs/cifar10.yml", 328, [0, 10, 500, 999]),
-        (HUB_256, "configs/celeba.yml", 450, [10]),
+        pytest.param(HUB_256, "configs/celeba.yml", 450, [10], marks=pytest.mark.slow),
     ],
     ids=["cifar10", "256"],
 )
