@@ -56,8 +56,8 @@ def fid(checkpoint: Path, extractor: Path, count: int, options: list[str]) -> fl
         command += ["--num-images", str(count), "--extractor", extractor, "--output", folder]
         command = [str(part) for part in (*command, *options)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        (score,) = json.loads(Path(folder, "metrics.json").read_text())["scores"].values()
-    return score["value"]
+        scores = json.loads(Path(folder, "metrics.json").read_text())["scores"]
+    return next(score["value"] for name, score in scores.items() if name.startswith("FID"))
 
 
 if __name__ == "__main__":
