@@ -10,7 +10,7 @@ loses the run in progress alone. A recipe is a set of overrides; `+` joins sever
 which any `section.key=value` may be one. Every run of a task is measured on the
 same images with the same noise: FID, KID, precision and recall of 2,000 images by 20 steps of
 DPM-Solver++ (EMA weights, no guidance) on the features of a classifier of that data; the error of
-eps and bits/dim on held-out images.
+eps and bits/dim on validation images.
 """
 
 import itertools
@@ -42,15 +42,20 @@ from plotting.boards import GRAY, OURS, chart, write_figure
 from training.datamodule import open_images, train_batches
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
-IMAGES, ERRORS, BITS = 2000, 2000, 100  # generated; held out for eps and for bits/dim
+IMAGES, ERRORS, BITS = 2000, 2000, 100  # generated; of validation for eps and for bits/dim
+PAPER = [  # where the configs of small sets depart from it
+    "diffusion.prediction=eps", "training.loss_weight=eps", "training.t_density=uniform",
+    "training.optimizer=adam",
+]  # fmt: skip
 FASHION = [
+    *PAPER,
     "dataset.root=/usr/share/datasets/fashion-mnist", "model.base_channels=32",
     "model.num_res_blocks=1", "training.batch_size=64", "training.max_steps=1200",
     "training.learning_rate=1e-3", "training.warmup_steps=100", "training.ema_decay=0.995",
     "model.dropout=0",
 ]  # fmt: skip
 TASKS = {  # config, overrides
-    "digits": ("digits", ["training.max_steps=1000", "training.ema_decay=0.995"]),
+    "digits": ("digits", [*PAPER, "training.max_steps=1000", "training.ema_decay=0.995"]),
     "digits-as-shipped": ("digits", []),
     "fashion16": (
         "fashion_mnist", [*FASHION, "dataset.image_size=16", "model.attention_resolutions=[8]"]
@@ -59,9 +64,9 @@ TASKS = {  # config, overrides
     "emoji16": (
         "emoji",
         [
-            "dataset.image_size=16", "model.attention_resolutions=[8]",
-            "model.channel_multipliers=[1,2,2]", "diffusion.prediction=eps",
-            "diffusion.beta_schedule=linear", "training.loss_weight=eps", "training.batch_size=64",
+            *PAPER, "dataset.image_size=16", "model.attention_resolutions=[8]",
+            "model.channel_multipliers=[1,2,2]", "diffusion.beta_schedule=linear",
+            "training.batch_size=64",
             "training.max_steps=1800", "training.warmup_steps=100", "training.ema_decay=0.995",
         ],
     ),
@@ -76,7 +81,9 @@ RECIPES = {
     "soft-min-snr": ["training.loss_weight=soft-min-snr"],
     "p2": ["training.loss_weight=p2"],
     "sigmoid": ["training.loss_weight=sigmoid"],
-    "normal": ["training.t_density=normal"],
+    "normal": [
+        "training.t_density=normal", "training.t_density_mean=0", "training.t_density_width=2"
+    ],
     "wide": [
         "training.t_density=normal", "training.t_density_mean=1", "training.t_density_width=3"
     ],
@@ -143,9 +150,9 @@ class Yardstick:
         )
         ends = [0, *(shares.cumsum(0) / shares.sum() * IMAGES).round().long().tolist()]
         self.seeds = list(itertools.pairwise(ends))
-        held_out = self.images["validation"]
-        count = min(ERRORS, len(held_out))
-        self.batch = held_out[list(range(count))]
+        validation = self.images["validation"]
+        count = min(ERRORS, len(validation))
+        self.batch = validation[list(range(count))]
         self.repeats = max(1, ERRORS // count)
 
     def tally(self, batches: list[Tensor]) -> Tally:
@@ -173,10 +180,10 @@ class Yardstick:
 
         generator, total = torch.Generator().manual_seed(0), 0.0
         images = self.batch.images
-        count, held_out = len(images), self.batch
+        count, validation = len(images), self.batch
         if classes > self.classes:  # told that nothing was done to it
             told = torch.zeros(count, classes - self.classes)
-            held_out = held_out._replace(labels=torch.cat([held_out.labels, told], 1))
+            validation = validation._replace(labels=torch.cat([validation.labels, told], 1))
         for _ in range(self.repeats):
             t = (
                 torch.arange(count) * diffusion.timesteps
@@ -184,13 +191,13 @@ class Yardstick:
             ) // count
             t = t[torch.randperm(count, generator=generator)]
             eps = torch.randn((count, *data.shape), generator=generator)
-            total += ddpm.validation_losses(ddpm.ema, held_out, t, eps).mean().item()
+            total += ddpm.validation_losses(ddpm.ema, validation, t, eps).mean().item()
         found["eps"] = total / self.repeats
         found["bits"] = self.bits(ddpm, labels)
         return found
 
     def bits(self, ddpm: DDPM, labels: Any) -> float:
-        """Return bits/dim of held-out images, of some t: the bound's denoiser is of one label."""
+        """Return bits/dim of validation images, of some t: the bound's denoiser is of one label."""
         total, stride = 0.0, ddpm.diffusion.timesteps // 50
         for label in labels:
             images, known = (part if part is None else part[:BITS] for part in self.batch)
@@ -314,6 +321,27 @@ def run(
             with RESULTS.open("a") as file:
                 print(json.dumps(line), file=file)
             print(json.dumps(line), flush=True)
+
+
+@app.command(name="time")
+def time_steps(task: str, recipes: list[str], steps: int = 30, rounds: int = 5) -> None:
+    """Print each recipe's seconds a step beside the first's; they take turns."""
+    models = [DDPM(with_classes(configure(task, recipe, 0))) for recipe in recipes]
+    optimizers = [ddpm.configure_optimizers() for ddpm in models]
+    images = open_images(models[0].config)["train"]
+    batches = list(zip(range(steps), train_batches(images, models[0].config), strict=False))
+    took: list[list[float]] = [[] for _ in models]
+    for _ in range(rounds + 1):  # the first warms up
+        for ddpm, optimizer, seconds in zip(models, optimizers, took, strict=True):
+            begin = time.perf_counter()
+            for step, batch in batches:
+                ddpm.update(batch, optimizer, step=step)
+            seconds.append((time.perf_counter() - begin) / steps)
+    for recipe, seconds in zip(recipes, took, strict=True):
+        ratios = [a / b for a, b in zip(seconds[1:], took[0][1:], strict=True)]
+        middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        milliseconds = 1e3 * statistics.median(seconds[1:])
+        print(f"{recipe}: {milliseconds:.1f} ms, {middle:.2f} ({low:.2f}–{high:.2f}) of the first")
 
 
 @app.command()
