@@ -88,6 +88,9 @@ RECIPES = {
         "training.t_density=normal", "training.t_density_mean=1", "training.t_density_width=3"
     ],
     "stratified": ["training.t_stratified=true"],
+    "ema-warmup": ["training.ema=warmup"],
+    "ema-power": ["training.ema=power"],
+    "learned-variance": ["diffusion.learned_variance=true"],
     "cosine-betas": ["diffusion.beta_schedule=cosine"],
     "linear-betas": ["diffusion.beta_schedule=linear"],
     "cosine-rate": ["training.learning_rate_decay=cosine"],
@@ -211,7 +214,7 @@ class Yardstick:
                 ddpm.diffusion,
                 images,
                 range(len(images)),
-                variance="small",
+                variance="learned" if ddpm.config.diffusion.learned_variance else "small",
                 batch_size=64,
                 stride=stride,
             )
