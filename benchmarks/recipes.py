@@ -89,7 +89,7 @@ RECIPES = {
     ],
     "stratified": ["training.t_stratified=true"],
     "ema-warmup": ["training.ema=warmup"],
-    "ema-power": ["training.ema=power"],
+    "ema-power": ["training.ema=power", "training.ema_lengths=[0.1]"],
     "learned-variance": ["diffusion.learned_variance=true"],
     "cosine-betas": ["diffusion.beta_schedule=cosine"],
     "linear-betas": ["diffusion.beta_schedule=linear"],

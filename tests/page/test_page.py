@@ -1,0 +1,301 @@
+"""The page: the images of sample.py, and nothing that a hostile or impatient visitor can break."""
+
+import io
+import json
+import shlex
+import shutil
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import PROJECT, invoke, start
+from PIL import Image
+from visitor import NEW, Visitor
+
+pytest.importorskip("gradio")
+
+DIGITS, EMOJI = (PROJECT / f"pretrained/{name}.safetensors" for name in ("digits", "emoji"))
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A page of the digits: (its process, its port)."""
+    port = free_port()
+    command = f"python app.py {shlex.quote(str(DIGITS))} --port {port}"
+    with start(command, tmp_path_factory.mktemp("page")) as process:
+        process.wait_until(lambda: can_connect(port), "page", timeout=120, pause=0.1)
+        yield process, port
+        assert "Traceback" not in process.output, process.output
+        process.send(signal.SIGINT)
+        process.finish(130)
+
+
+def can_connect(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def files_of(message: dict) -> list[Path]:
+    return [Path(item["image"]["path"]) for item in message["output"]["data"][1]]
+
+
+def downloads(visitor: Visitor, message: dict) -> list[bytes]:
+    return [visitor.ask("GET", f"/gradio_api/file={path}")[1] for path in files_of(message)]
+
+
+@pytest.mark.parametrize(
+    ("source", "sampling", "count", "edit"),
+    [
+        (
+            EMOJI,
+            {"sampler": "dpm++", "timesteps": 3, "class_label": ["Flags", "Food & Drink"]},
+            2,
+            {},
+        ),
+        (EMOJI, {"sampler": "ddim", "timesteps": 2, "eta": 0.5}, 3, {}),
+        (
+            DIGITS,
+            {"sampler": "unipc", "timesteps": 5},
+            2,
+            {"image": Path("photo.png"), "strength": 0.7},
+        ),
+        (
+            DIGITS,
+            {"sampler": "ddpm", "timesteps": 4, "variance": "small"},
+            2,
+            {"inpaint": Path("photo.png"), "mask": Path("mask.png"), "resample": 2, "jump": 2},
+        ),
+    ],
+)
+def test_its_images_are_those_of_the_command_that_it_shows(
+    source, sampling, count, edit, tmp_path, monkeypatch
+):
+    from generation import resolve_precision
+    from page.board import write_mask
+    from page.draw import command_line, draw, make_plan
+    from weights import load_model
+
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8)
+    Image.fromarray(pixels).save("photo.png")
+    write_mask(Path("photo.png"), {}, "the lower half", Path("mask.png"))
+    assert (np.asarray(Image.open("mask.png")) == 255).nonzero()[0].tolist() == [
+        row for row in range(10, 20) for _ in range(20)
+    ]
+    model, seeds = load_model(source), list(range(7, 7 + count))
+    precision = resolve_precision(model.config, torch.device("cpu"))
+    plan = make_plan(
+        model, sampling, source=str(source), precision=precision, count=count, edit=edit
+    )
+    frames = list(draw(plan, seeds, tmp_path))
+    assert [frame.done for frame in frames] == list(range(1, frames[0].calls + 1))
+    made = sorted(path.read_bytes() for path, _ in frames[-1].files)
+    assert len(made) == count * len(plan.labels)
+    line = command_line(str(source), sampling, seeds, edit).removeprefix("python ")
+    line = line.replace(" INPAINT ", " photo.png ").replace(" IMAGE ", " photo.png ")
+    invoke(f"{line.replace(' MASK ', ' mask.png ')} --output-dir by-hand", tmp_path, monkeypatch)
+    by_hand = [p.read_bytes() for p in Path("by-hand").rglob("*.png") if p.stem.isdigit()]
+    assert sorted(by_hand) == made
+
+
+def test_a_request_has_limits(tmp_path, monkeypatch):
+    import page.draw
+    from weights import load_model
+
+    model = load_model(DIGITS)
+    how = {"source": "x", "precision": "float32", "edit": {}}
+    with pytest.raises(ValueError, match="65 images: at most 64"):
+        page.draw.make_plan(model, {}, count=65, **how)
+    with pytest.raises(ValueError, match="2 classes of 40 images"):
+        labels = {"class_label": ["Flags", "Objects"]}
+        page.draw.make_plan(load_model(EMOJI), labels, count=40, **how)
+    monkeypatch.setattr(page.draw, "SECONDS", 0)
+    plan = page.draw.make_plan(model, {"timesteps": 50}, count=1, **how)
+    with pytest.raises(ValueError, match="stopped after 0 s, at step 1 of 50"):
+        list(page.draw.draw(plan, [0], tmp_path))
+
+
+def png(size: tuple[int, int], mode: str = "L") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, "png")
+    return file.getvalue()
+
+
+def upload(visitor: Visitor, name: str, content: bytes) -> tuple[int, bytes]:
+    body = (
+        f'--b\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
+        + content
+        + b"\r\n--b--\r\n"
+    )
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    return visitor.ask("POST", "/gradio_api/upload", body, **kind)
+
+
+def with_image(path: str, kind: str = "Variations of an image") -> list:
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    return [kind, *NEW[1:8], {"background": file, "layers": [], "composite": None}, *NEW[9:]]
+
+
+def test_hostile_requests_are_refused_in_a_line(server):
+    process, port = server
+    visitor = Visitor(port)
+    (good,) = [m for m in visitor.draw() if m["msg"] == "process_completed"]
+    assert good["success"]
+    changed = lambda i, value: [*NEW[:i], value, *NEW[i + 1 :]]
+    wrong = [changed(i, value) for i in (0, 4) for value in ("../../etc", 7, None, [], {"a": 1})]
+    wrong += [changed(i, v) for i in (1, 2, 5) for v in ("x", -1, 10**400, None, [1], {})]
+    wrong += [changed(6, "x"), changed(3, ["no class"]), changed(3, "all"), changed(8, "x")]
+    wrong += [changed(8, {"background": 5}), NEW[:5], "NEW", None, 5]
+    wrong += [with_image("/etc/passwd"), with_image("../../../etc/passwd"), with_image("")]
+    bomb, text = (
+        upload(visitor, *file) for file in (("b.png", png((5000, 5000))), ("t.png", b"no"))
+    )
+    wrong += [with_image(json.loads(body)[0]) for status, body in (bomb, text) if status == 200]
+    answers = []
+    for data in wrong:
+        other = Visitor(port)
+        status, body = other.join(data)
+        if status == 200:
+            last = list(other.listen())[-1]
+            assert last["msg"] == "process_completed" and not last["success"], f"{data}"
+            body = json.dumps(last).encode()
+        assert b"Traceback" not in body and b".py" not in body.replace(b"sample.py", b""), body
+        answers.append(status)
+    plain = [
+        visitor.ask("POST", "/gradio_api/queue/join", b"{"),
+        visitor.ask("POST", "/gradio_api/queue/join", b"[]"),
+        visitor.join(NEW, fn_index=10**6),
+        visitor.join(NEW, fn_index="x"),
+        visitor.join(NEW, session_hash=None),
+        visitor.ask("POST", "/gradio_api/queue/join", b"0" * (11 * 2**20)),
+        upload(visitor, "large.png", b"0" * (11 * 2**20)),
+        visitor.ask("GET", "/gradio_api/file=/etc/passwd"),
+        visitor.ask("GET", "/gradio_api/file=../../../../etc/passwd"),
+        visitor.ask("GET", f"/gradio_api/file={PROJECT / 'cli.py'}"),
+        visitor.ask("GET", "/gradio_api/file=http://127.0.0.1:1/"),
+        visitor.ask("GET", "/static/../../../../etc/passwd"),
+        visitor.ask("GET", "/", host="elsewhere.example"),
+        visitor.ask("POST", "/gradio_api/queue/join", NEW, origin="http://elsewhere.example"),
+        visitor.ask("GET", "/", origin="null"),
+        visitor.ask("BREW", "/"),
+    ]
+    for status, body in plain:
+        assert status >= 400, (status, body)
+        assert b"Traceback" not in body and b"root:" not in body
+    assert len(wrong) + len(plain) >= 50
+    assert "Traceback" not in process.output, process.output
+    images, again = downloads(visitor, good), downloads(visitor, visitor.draw()[-1])
+    assert images == again
+    assert json.loads(Image.open(io.BytesIO(images[3])).info["recipe"])["seed"] == 3
+
+
+def test_who_leaves_frees_the_model(server):
+    _, port = server
+    one, other = Visitor(port), Visitor(port)
+    assert one.join([*NEW[:1], 64, *NEW[2:4], "ddpm", 1000, *NEW[6:]])[0] == 200
+    waiting = one.listen()
+    heard = []
+    for message in waiting:
+        heard.append(message["msg"])
+        if heard.count("process_generating") == 3:
+            break
+    assert other.join(NEW)[0] == 200
+    second = iter(other.listen())
+    ranks = [m["rank"] for m in (next(second),) if m["msg"] == "estimation"]
+    assert ranks == [0]  # it sees that it is next
+    waiting.close()
+    left = time.monotonic()
+    last = list(second)[-1]
+    assert last["success"] and len(files_of(last)) == 4
+    assert time.monotonic() - left < 20  # a thousand steps of 64 would take minutes
+
+
+@pytest.mark.slow
+def test_twenty_visitors_for_a_minute_lose_nothing(server):
+    _, port = server
+    end, counts, ranks, faults = time.monotonic() + 60, [0] * 20, set(), []
+
+    def visit(i: int) -> None:
+        try:
+            while time.monotonic() < end:
+                data = [*NEW[:1], 2, i, *NEW[3:]]
+                heard = Visitor(port).draw(data)
+                ranks.update(m["rank"] for m in heard if m["msg"] == "estimation")
+                seeds = [int(path.stem) for path in files_of(heard[-1])]
+                assert seeds == [i, i + 1], heard[-1]
+                counts[i] += 1
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=visit, args=(i,)) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults and min(counts) > 0, (faults, counts)
+    assert max(ranks) >= 10  # they have seen where they were
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
+def test_in_a_browser(server, tmp_path):
+    """Draw by keyboard at three widths, fill a part, measure; look at what is in `tmp_path`."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    _, port = server
+    elsewhere = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for width in (360, 820, 1280):
+            window = browser.new_page(viewport={"width": width, "height": 800})
+            window.on("request", lambda r: elsewhere.append(r.url))
+            window.goto(f"http://127.0.0.1:{port}")
+            button = window.get_by_role("button", name="Draw", exact=True)
+            button.focus()
+            window.keyboard.press("Enter")
+            window.get_by_text("The same images").wait_for(timeout=60_000)
+            images = window.locator(".images img")
+            images.first.wait_for()
+            assert images.count() == 16
+            assert window.evaluate("document.documentElement.scrollWidth") <= width
+            window.screenshot(path=tmp_path / f"{width}.png", full_page=True)
+            assert np.asarray(Image.open(tmp_path / f"{width}.png")).std() > 5
+            if width < 1280:
+                window.close()
+        (tmp_path / "photo.png").write_bytes(png((300, 200)))
+        window.get_by_label("Fill a part").check()
+        window.get_by_text("Upload an image").wait_for()
+        window.wait_for_timeout(1000)  # it is drawn before it listens
+        window.locator("input[type=file]").first.set_input_files(tmp_path / "photo.png")
+        window.get_by_text("Upload an image").wait_for(state="hidden")
+        window.wait_for_timeout(1000)
+        box = window.locator("canvas").first.bounding_box()
+        middle = box["y"] + box["height"] / 2
+        window.mouse.move(box["x"] + 0.4 * box["width"], middle)
+        window.mouse.down()
+        window.mouse.move(box["x"] + 0.6 * box["width"], middle, steps=10)
+        window.mouse.up()
+        window.wait_for_timeout(1000)
+        button.click()
+        try:
+            window.get_by_text("--inpaint INPAINT --mask MASK").wait_for(timeout=60_000)
+        finally:
+            window.screenshot(path=tmp_path / "filled.png", full_page=True)
+        window.get_by_text("Health of the model").click()
+        window.get_by_role("button", name="Measure").click()
+        window.locator("img[src*=health]").wait_for(timeout=120_000)
+        window.screenshot(path=tmp_path / "filled.png", full_page=True)
+        browser.close()
+    local = f"http://127.0.0.1:{port}/", "data:", "blob:"
+    assert not [url for url in elsewhere if not url.startswith(local)]
