@@ -35,7 +35,7 @@ fid, is, kid and pr (precision and recall) are torch-fidelity's; nll is the vari
 bits per dimension; health compares the loss with what the data allow, and looks for copies of
 training images. The numbers go to metrics.json, with all that is needed to get them again. The
 paper takes 50,000 images by its sampler of T steps, against all that it trained on; for health
-alone it is 256, by 20 steps.
+alone it is 256, by 10 steps.
 
 Examples:
 

@@ -309,7 +309,7 @@ def quick_images(
 
 
 class Previews(pl.Callback):
-    """Logs a grid of images from fixed seeds by 20 steps of DPM-Solver++, under one tag.
+    """Logs a grid of images from fixed seeds by 10 steps of UniPC, under one tag.
 
     With labels it has a row for each of up to 16 classes, all from the same seeds. While the EMA
     still remembers the initial weights, the raw weights' grid stands beside it.

@@ -36,8 +36,9 @@ from diffusion_utils import from_uint8, to_uint8
 from evaluation.extractor import load_extractor
 from evaluation.likelihood import bits_per_dim, likelihood_scores
 from evaluation.metrics import Tally, compute
-from generation import make_denoiser
-from pl_utils import DDPM, TRAIN, quick_images, seed_of
+from generation import generate, make_denoiser, make_steps
+from model import at_precision
+from pl_utils import DDPM, TRAIN, seed_of
 from plotting.boards import GRAY, OURS, chart, write_figure
 from training.datamodule import open_images, train_batches
 
@@ -174,10 +175,14 @@ class Yardstick:
         data, diffusion = ddpm.config.dataset, ddpm.diffusion
         classes = len(data.classes)
         labels: Any = torch.eye(classes)[: self.classes] if classes else [None]
-        batches = []
+        batches, network = [], at_precision(ddpm.ema, ddpm.precision)
+        how = {"sampler": "dpm++", "timesteps": 20, "spacing": "trailing"}
+        steps = make_steps(diffusion, variance="large", eta=0.0, **how)
         for label, bounds in zip(labels, self.seeds, strict=True):
             seeds = list(range(*bounds))
-            batches += [x for _, x in quick_images(ddpm, ddpm.ema, seeds, label=label)]
+            denoiser = make_denoiser(network, diffusion, label=label)
+            where: dict[str, Any] = {"shape": data.shape, "device": ddpm.device}
+            batches += [x for _, x in generate(denoiser, steps, seeds, **where)]
         scores = compute(("fid", "kid", "pr"), self.tally(batches), self.reference)
         found = {name.partition("-")[0]: score.value for name, score in scores.items()}
 

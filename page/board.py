@@ -218,7 +218,7 @@ def switch(kind: str) -> list[Any]:
         gr.update(visible=kind != NEW),
         gr.update(visible=kind == LIKE),
         gr.update(visible=kind == FILL),
-        gr.update(choices=names, value=names[0] if kind == FILL else "dpm++"),
+        gr.update(choices=names, value=names[0] if kind == FILL else "unipc"),
     ]
 
 

@@ -357,7 +357,7 @@ def test_evaluation_while_training_draws_labels(place, tmp_path):
     assert_same(dict(one[0].state_dict()), dict(other[0].state_dict()))
     events = EventAccumulator(str(tmp_path / "two"))
     events.Reload()
-    tag = "evaluation/accuracy-21 dpm++ 20"
+    tag = "evaluation/accuracy-21 unipc 10"
     assert [event.step for event in events.Scalars(tag)] == [3, 6]
     # as evaluate.py measures the same images
     model, told = other[0], 0

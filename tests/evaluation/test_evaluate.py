@@ -250,7 +250,7 @@ def test_evaluation_while_training_leaves_no_trace(place, tmp_path):
     events = EventAccumulator(str(tmp_path / "two"))
     events.Reload()
     for name in ("FID-9", "IS-9", "KID-9"):
-        assert [e.step for e in events.Scalars(f"evaluation/{name} dpm++ 20")] == [3, 6]
+        assert [e.step for e in events.Scalars(f"evaluation/{name} unipc 10")] == [3, 6]
 
 
 @pytest.mark.slow
@@ -290,7 +290,7 @@ def test_two_processes_evaluate_while_training_as_one(place):
         with start(command, place) as process:
             process.finish(timeout=300)
     one, two = (last_values(place / "lightning_logs" / f"on-{n}") for n in (1, 2))
-    assert "evaluation/FID-9 dpm++ 20" in one
+    assert "evaluation/FID-9 unipc 10" in one
     assert two == pytest.approx(one, rel=1e-3)
 
 
