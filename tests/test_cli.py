@@ -20,6 +20,7 @@ SMOKE = PROJECT / "configs" / "smoke.yml"
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell's conventions")
 def test_a_shell_can_complete_options_keys_and_runs(tmp_path):
     (tmp_path / "lightning_logs/smoke/checkpoints").mkdir(parents=True)
+    (tmp_path / "pretrained").symlink_to(PROJECT / "pretrained")
 
     def complete(line: str) -> list[str]:
         command = line.split()[0]
@@ -32,6 +33,7 @@ def test_a_shell_can_complete_options_keys_and_runs(tmp_path):
     assert complete("train.py configs/smoke.yml training.max_st") == ["training.max_steps="]
     assert complete("dataset.py configs/smoke.yml dataset.ro") == ["dataset.root="]
     assert complete("sample.py --run-name smo") == ["smoke"]
+    assert complete("sample.py --run-name dig") == ["digits"]  # which ships
 
 
 COMMANDS = ("train", "sample", "evaluate", "figures", "convert", "dataset")

@@ -76,18 +76,18 @@ def pixels(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_pushed_is_the_run(tiny, hub, tmp_path, monkeypatch):
     """In a process, by HF_ENDPOINT; its digest, its images and diffusers' eps are the run's."""
-    said = run(f"python convert.py push {shlex.quote(str(tiny))} you/tiny", tmp_path)
+    said = run(f"python convert.py push {shlex.quote(str(tiny))} you/tiny --num-images 2", tmp_path)
     assert f"pushed: {hub.url}/you/tiny (private)" in said
     assert hub.repos["you/tiny"]["private"]
     files = hub.files("you/tiny")
     weights = [name for name in files if name.endswith((".safetensors", ".bin"))]
     assert weights == ["unet/diffusion_pytorch_model.safetensors"]  # one copy
-    assert list(hub.objects.values()) == [files[weights[0]]]
+    assert files[weights[0]] in hub.objects.values()
     assert files["images.png"][:4] == b"\x89PNG"
     before, after = load_model(tiny), load_model("you/tiny")
     assert after.digest() == before.digest() and after.config == before.config
     assert (after.step, after.weights) == (6, "ema")
-    options = "--class-label all --num-images 2 --timesteps 5 --precision float32 --output-dir"
+    options = "--class-label all --num-images 2 --timesteps 3 --precision float32 --output-dir"
     invoke(f"sample.py you/tiny {options} theirs", tmp_path, monkeypatch)
     invoke(f"sample.py {shlex.quote(str(tiny))} {options} ours", tmp_path, monkeypatch)
     drawn = pixels(tmp_path / "theirs")
@@ -103,10 +103,6 @@ def test_a_second_push_is_a_commit_with_what_was_measured_since(tiny, hub, tmp_p
     assert not hub.repos["you/tiny"]["private"] and "images.png" not in hub.files("you/tiny")
     evaluate = "--metrics nll --nll-images 2 --stride 9 --device cpu"
     invoke(f"evaluate.py you/tiny {evaluate} --output evaluations/ema", tmp_path, monkeypatch)
-    invoke(
-        f"evaluate.py {shlex.quote(str(tiny))} {evaluate} --weights raw --output evaluations/raw",
-        tmp_path, monkeypatch,
-    )  # fmt: skip
     hub.files("you/tiny")["unet_ema/config.json"] = b"{}"
     hub.files("you/tiny")["LICENSE"] = b"mine"
     (tmp_path / "evaluations/odd").mkdir()
@@ -116,12 +112,12 @@ def test_a_second_push_is_a_commit_with_what_was_measured_since(tiny, hub, tmp_p
         options = f"you/tiny --num-images 1 --public --weights {weights}"
         push(tiny, options, tmp_path, monkeypatch)
         cards[weights] = hub.files("you/tiny")["README.md"].decode()
-        measured = json.loads((tmp_path / f"evaluations/{weights}/metrics.json").read_text())
-        value = f"{measured['scores']['distortion']['value']:.4g}"
-        assert f"| {value} ± " in cards[weights]
-        assert cards[weights].count("By `evaluate.py`: bits/dim of 2 validation images.") == 1
         assert load_model("you/tiny").digest() == load_model(tiny, weights).digest()
     assert len(hub.repos["you/tiny"]["commits"]) == 4
+    scores = json.loads((tmp_path / "evaluations/ema/metrics.json").read_text())["scores"]
+    assert f"| {scores['distortion']['value']:.4g} ± " in cards["ema"]
+    assert cards["ema"].count("By `evaluate.py`: bits/dim of 2 validation images.") == 1
+    assert "By `evaluate.py`" not in cards["raw"]  # those are the EMA's
     files = hub.files("you/tiny")
     assert "unet_ema/config.json" not in files and files["LICENSE"] == b"mine"
     assert "rows: 0, 1, 2" in cards["raw"] and "images.png" in files
