@@ -381,31 +381,6 @@ def test_which_model_and_which_images(place, arguments, says, monkeypatch):
     assert says in invoke(f"sample.py {arguments}", place, monkeypatch, code=2)
 
 
-def test_a_model_that_ships_is_called_by_its_name(place, tmp_path, monkeypatch):
-    (tmp_path / "pretrained").symlink_to(PROJECT / "pretrained")
-    draw = "sample.py --num-images 1 --timesteps 2"
-    said = invoke(f"{draw} --run-name digits", tmp_path, monkeypatch, 0).splitlines()
-    assert said[0] == (
-        "no run digits in lightning_logs: pretrained/digits.safetensors, which ships"
-    )
-    said = invoke(f"{draw} --run-name digits --checkpoint best", tmp_path, monkeypatch, 2)
-    assert said == (
-        "error: --checkpoint best is of a run's folder, and pretrained/digits.safetensors is one "
-        "file\n"
-    )
-    (tmp_path / "lightning_logs").mkdir()
-    for name in ("digits", "mine"):  # a run wins
-        (tmp_path / "lightning_logs" / name).symlink_to(place / "lightning_logs/smoke")
-    said = invoke(f"{draw} --run-name digits --output-dir own", tmp_path, monkeypatch, 0)
-    assert said.startswith("lightning_logs/digits (step ")
-    said = invoke(f"{draw} --run-name zz", tmp_path, monkeypatch, 2)
-    assert said == "error: no run 'zz' in lightning_logs; there are: digits, emoji, mine\n"
-    said = invoke(f"{draw} --run-name emojis", tmp_path, monkeypatch, 2)
-    assert said.endswith("; did you mean emoji?\n")
-    said = invoke(f"{draw} --run-name ''", tmp_path, monkeypatch, 2)
-    assert "no run ''" in said
-
-
 def test_a_mistake_in_a_process_of_its_own(place):
     output = run("python train.py configs/smoke.yml training.batchsize=3", place, code=2)
     assert output == (
