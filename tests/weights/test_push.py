@@ -74,9 +74,11 @@ def pixels(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): Image.open(path).tobytes() for path in files}
 
 
-def test_what_is_pushed_is_the_run(tiny, hub, tmp_path, monkeypatch):
-    """In a process, by HF_ENDPOINT; its digest, its images and diffusers' eps are the run's."""
-    said = run(f"python convert.py push {shlex.quote(str(tiny))} you/tiny --num-images 2", tmp_path)
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_is_pushed_is_the_run(tiny, hub, tmp_path, monkeypatch, alone):
+    """Its digest, its images and diffusers' eps; `alone` in a process that HF_ENDPOINT tells."""
+    line = f"convert.py push {shlex.quote(str(tiny))} you/tiny --num-images 1"
+    said = run(f"python {line}", tmp_path) if alone else invoke(line, tmp_path, monkeypatch)
     assert f"pushed: {hub.url}/you/tiny (private)" in said
     assert hub.repos["you/tiny"]["private"]
     files = hub.files("you/tiny")
@@ -109,7 +111,7 @@ def test_a_second_push_is_a_commit_with_what_was_measured_since(tiny, hub, tmp_p
     (tmp_path / "evaluations/odd/metrics.json").write_text('["another\'s"]')
     cards = {}
     for weights in ("ema", "raw"):
-        options = f"you/tiny --num-images 1 --public --weights {weights}"
+        options = f"you/tiny --num-images {int(weights == 'raw')} --public --weights {weights}"
         push(tiny, options, tmp_path, monkeypatch)
         cards[weights] = hub.files("you/tiny")["README.md"].decode()
         assert load_model("you/tiny").digest() == load_model(tiny, weights).digest()
