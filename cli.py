@@ -134,10 +134,20 @@ def quiet_libraries() -> None:
 # ---- options
 
 
-def run_names(incomplete: str = "") -> list[str]:
-    """Return the runs of lightning_logs whose names begin so."""
-    names = (path.parent.name for path in Path("lightning_logs").glob("*/checkpoints"))
-    return sorted(name for name in names if name.startswith(incomplete))
+LOGS, SHIPPED = Path("lightning_logs"), Path("pretrained")
+
+
+def named_models() -> dict[str, Path]:
+    """Return {name: path} of runs, and of models that ship where there is nothing of that name."""
+    ships = {path.stem: path for path in SHIPPED.glob("*.safetensors")}
+    ships = {name: path for name, path in ships.items() if not (LOGS / name).exists()}
+    runs = {path.parent.name: path.parent for path in LOGS.glob("*/checkpoints")}
+    return dict(sorted((ships | runs).items()))
+
+
+def model_names(incomplete: str) -> list[str]:
+    """Return the names of models that begin so, for a shell to complete."""
+    return [name for name in named_models() if name.startswith(incomplete)]
 
 
 def keys_like(incomplete: str) -> list[str]:
@@ -292,15 +302,19 @@ def parse_seeds(text: str) -> list[int]:
     return list(seeds)
 
 
-def which_model(checkpoint: Path | None, run_name: str | None) -> Path:
+def which_model(checkpoint: Path | None, run_name: str | None, which: str | None) -> Path:
     """Return what the line asks for; ValueError where it asks for nothing, or for two things."""
-    logs, runs = Path("lightning_logs"), run_names()
+    known = named_models()
     if (checkpoint is None) == (run_name is None):
-        there = f" (there are: {', '.join(runs)})" if runs else ""
+        there = f" (there are: {', '.join(known)})" if known else ""
         raise ValueError(f"give a checkpoint or a --run-name{there}, one of them")
-    if run_name and run_name not in runs:
-        raise FileNotFoundError(f"no run {run_name!r} in {logs}{did_you_mean(run_name, runs)}")
-    return checkpoint or logs / str(run_name)
+    if run_name is not None and run_name not in known:
+        raise FileNotFoundError(f"no run {run_name!r} in {LOGS}{did_you_mean(run_name, known)}")
+    source = checkpoint or known[str(run_name)]
+    found = checkpoint_of(source, which)
+    if run_name and source.parent == SHIPPED:
+        plain_console().print(f"no run {run_name} in {LOGS}: {source}, which ships")
+    return found
 
 
 Overrides = Annotated[
@@ -336,6 +350,8 @@ def checkpoint_of(source: Path, name: str | None) -> Path:
     """Return a run's checkpoint: best, last or that of a step; FileNotFoundError: it has none."""
     if name is None:
         return source
+    if source.is_file():
+        raise ValueError(f"--checkpoint {name} is of a run's folder, and {source} is one file")
     folder = source / "checkpoints"
     path = folder / f"{f'step-{int(name):08d}' if name.isdecimal() else name}.ckpt"
     if not path.is_file():

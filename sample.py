@@ -18,12 +18,11 @@ from cli import (
     Precision,
     Seed,
     Weights,
-    checkpoint_of,
     fail,
+    model_names,
     parse_seeds,
     parse_size,
     plain_console,
-    run_names,
     sampling_options,
     usable_device,
     which_model,
@@ -36,10 +35,10 @@ if TYPE_CHECKING:
 HELP = """
 Generate images with a trained model, or edit images with it.
 
-CKPT is a checkpoint, a run's folder, a safetensors file, a diffusers folder, or official weights;
-what is not said here is as in its config. The image of seed 7 is 000007.png whatever else is made
-beside it. The same command again makes only what is missing; images of another recipe go into a
-folder of their own.
+CKPT is a checkpoint, a run's folder, a safetensors file, a diffusers folder or its id on the Hub,
+or official weights; what is not said here is as in its config. The image of seed 7 is 000007.png
+whatever else is made beside it. The same command again makes only what is missing; images of
+another recipe go into a folder of their own.
 
 Examples:
 
@@ -65,8 +64,8 @@ def sample(
     run_name: Annotated[
         str | None,
         typer.Option(
-            help="Instead of CKPT: a run of lightning_logs, its newest checkpoint.",
-            autocompletion=run_names,
+            help="Instead of CKPT: a run of lightning_logs, or a model that ships (pretrained).",
+            autocompletion=model_names,
         ),
     ] = None,
     which: CheckpointName = None,
@@ -151,7 +150,7 @@ def sample(
             "between": between,
         }
         size = parse_size(image_size) if image_size else None
-        source = checkpoint_of(which_model(checkpoint, run_name), which)
+        source = which_model(checkpoint, run_name, which)
         device = usable_device(device)
         import torch
 

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from generation import images
 from generation.generate import generate
 from generation.images import image_file, read_images, write_png
-from generation.recipe import Sampling
+from generation.recipe import Sampling, folder_names
 
 ORIGINALS = "original.png", "original-2.png"  # of an edit
 BESIDE = *ORIGINALS, "grid.png", "images.npz", "pictures.npz", "chain.gif", "enlarged"
@@ -202,3 +203,21 @@ def write_grid(
     columns = len(rows[0]) if len(jobs) > 1 or last else None
     write_png(path, images.image_grid(torch.cat(rows), columns))
     return path
+
+
+def draw_grid(plan: Sampling, count: int, path: Path) -> str:
+    """Draw the seeds from 0, of each label a row, as one image of up to 400; say how."""
+    several = len(plan.labels) > 1
+    seeds = range(min(count, 20) if several else count)
+    rows = dict(itertools.islice(folder_names(plan.labels).items(), max(1, 400 // len(seeds))))
+    with TemporaryDirectory() as folder:
+        jobs = [Job(label, Path(folder, name), [*seeds]) for name, label in rows.items()]
+        write_missing(plan, jobs, 64, lambda images: None)
+        write_grid(jobs, seeds, [], path)
+    facts, scale = plan.facts, plan.guidance.scale
+    guided = f", guidance {scale:g}" * (scale != 1)
+    labels = f"; rows: {', '.join(map(str, rows.values()))}" * several
+    return (
+        f"Seeds 0 to {seeds[-1]}, nothing chosen, by {facts['sampler']} in {facts['timesteps']} "
+        f"steps{guided}{labels}"
+    )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from processes import PROJECT, run, start
 
-from cli import describe, usable_device
+from cli import describe, usable_device, which_model
 
 SMOKE = PROJECT / "configs" / "smoke.yml"
 
@@ -20,6 +20,7 @@ SMOKE = PROJECT / "configs" / "smoke.yml"
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell's conventions")
 def test_a_shell_can_complete_options_keys_and_runs(tmp_path):
     (tmp_path / "lightning_logs/smoke/checkpoints").mkdir(parents=True)
+    (tmp_path / "pretrained").symlink_to(PROJECT / "pretrained")
 
     def complete(line: str) -> list[str]:
         command = line.split()[0]
@@ -32,6 +33,27 @@ def test_a_shell_can_complete_options_keys_and_runs(tmp_path):
     assert complete("train.py configs/smoke.yml training.max_st") == ["training.max_steps="]
     assert complete("dataset.py configs/smoke.yml dataset.ro") == ["dataset.root="]
     assert complete("sample.py --run-name smo") == ["smoke"]
+    assert complete("sample.py --run-name dig") == ["digits"]  # which ships
+
+
+def test_a_model_that_ships_is_called_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("pretrained").symlink_to(PROJECT / "pretrained")
+    ships = Path("pretrained/digits.safetensors")
+    assert which_model(None, "digits", None) == ships == which_model(ships, None, None)
+    assert capsys.readouterr().out == f"no run digits in lightning_logs: {ships}, which ships\n"
+    with pytest.raises(ValueError, match=f"--checkpoint best is of a run's folder, and {ships} is"):
+        which_model(None, "digits", "best")
+    for name in ("digits", "mine"):
+        Path("lightning_logs", name, "checkpoints").mkdir(parents=True)
+    assert which_model(None, "digits", None) == Path("lightning_logs/digits")  # a run wins
+    for name, hint in {
+        "zz": "there are: digits, emoji, mine",
+        "emojis": "did you mean emoji",
+    }.items():
+        with pytest.raises(FileNotFoundError, match=f"no run '{name}' in lightning_logs; {hint}"):
+            which_model(None, name, None)
+    assert not capsys.readouterr().out
 
 
 COMMANDS = ("train", "sample", "evaluate", "figures", "convert", "dataset")

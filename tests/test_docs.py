@@ -17,6 +17,7 @@ from scipy.io import savemat
 from torch import Tensor, nn
 
 from config import load_config
+from files import parse_yaml
 from model import build_network
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -202,3 +203,12 @@ def test_links_lead_somewhere():
 def test_every_page_is_in_the_index():
     linked = re.findall(r"\]\(([\w-]+\.md)\)", (PROJECT / "docs/README.md").read_text())
     assert {"README.md", *linked} == {path.name for path in (PROJECT / "docs").glob("*.md")}
+
+
+def test_the_citation_is_of_this_version():
+    cited = parse_yaml((PROJECT / "CITATION.cff").read_text())
+    versions = re.findall(r"^## (\d\S*)", (PROJECT / "CHANGELOG.md").read_text(), re.M)
+    assert cited["version"] == versions[0] and cited["cff-version"] == "1.2.0"
+    assert cited["title"] == re.match(r"# (.*)", (PROJECT / "README.md").read_text())[1]
+    assert {"message", "authors"} <= cited.keys()  # which the format needs
+    assert (PROJECT / "LICENSE").read_text().startswith(cited["license"])

@@ -14,8 +14,9 @@ from evaluation.likelihood import bits_per_dim
 from generation import Guidance, SeedNoise, make_denoiser, reverse
 from model import Network, build_network
 from weights import Model, load_model, newest_checkpoint, write_checkpoint
+from weights.card import usage
 from weights.dialects import infer_tree, tree_of_diffusers
-from weights.export import export_model, usage, write_diffusers
+from weights.export import export_model, write_diffusers
 
 LEARNED = "diffusion.learned_variance=true"
 

@@ -15,7 +15,7 @@ from config import Config
 from files import atomic_write, explained, to_yaml
 from pl_utils import DDPM
 from training.averages import disk_cost
-from weights.export import about_ema
+from weights.card import about_ema
 
 
 class Monitor(pl.Callback):

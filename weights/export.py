@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from config import Config, TrainingConfig
-from files import atomic_write, differences, to_yaml
+from config import Config
+from files import atomic_write, differences
+from weights.card import model_card
 from weights.checkpoint import write_checkpoint
 from weights.dialects import rename, to_diffusers
 from weights.load import read_model
@@ -90,13 +91,6 @@ def summary(model: Model) -> str:
     )
 
 
-def about_ema(training: TrainingConfig) -> str:
-    """Return which EMA samples, in words."""
-    if training.ema == "power":
-        return f"relative length {training.ema_lengths[0]:g}"
-    return f"decay {'up to ' * (training.ema == 'warmup')}{training.ema_decay}"
-
-
 def tensors_of(network: nn.Module) -> dict[str, Tensor]:
     """Return the weights by name, contiguous."""
     return {name: value.contiguous() for name, value in network.state_dict().items()}
@@ -144,80 +138,6 @@ def write_diffusers(model: Model, folder: Path, license: str) -> None:
     file.write_bytes(save(state, {"format": "pt"}))
     (folder / "README.md").write_text(model_card(model, license), encoding="utf-8")
     check_same(model, folder)
-
-
-def model_card(model: Model, license: str) -> str:
-    """Return the README.md of a diffusers folder, as the Hub reads it."""
-    config = model.config
-    height, width = config.dataset.size
-    size = f"{height}x{width}"
-    ema = f"the EMA of the weights, {about_ema(config.training)}"
-    which = ema if model.weights == "ema" else "the last training weights, not their EMA"
-    kind = "class-conditional" if config.dataset.classes else "unconditional"
-    task = "" if config.dataset.classes else f"pipeline_tag: {kind}-image-generation\n"
-    return f"""---
-license: {license}
-library_name: diffusers
-{task}tags: [ddpm, diffusers, {kind}-image-generation]
-datasets: [{config.dataset.name}]
----
-
-# DDPM, {config.dataset.name}, {size}
-
-A denoising diffusion probabilistic model (Ho et al. 2020, [arXiv 2006.11239](https://arxiv.org/abs/2006.11239))
-of {config.dataset.channels}-channel images, after {model.step:,} training steps of
-{config.training.batch_size} images: {which}.
-
-{usage(config)}
-## Settings
-
-```yaml
-{to_yaml(config).strip()}
-```
-"""
-
-
-def usage(config: Config) -> str:
-    """Return how to draw images with diffusers, for the model card."""
-    T, classes = config.diffusion.timesteps, len(config.dataset.classes)
-    few, learned = min(50, T), config.diffusion.learned_variance
-    if not classes:
-        ddim = f"""
-ddim = DDIMPipeline.from_pretrained("THIS_FOLDER")
-ddim(num_inference_steps={few}).images[0].save("ddim.png")"""
-        return f"""```python
-from diffusers import {"" if learned else "DDIMPipeline, "}DDPMPipeline
-
-ddpm = DDPMPipeline.from_pretrained("THIS_FOLDER")
-ddpm(num_inference_steps={T}).images[0].save("ddpm.png"){"" if learned else ddim}
-```
-"""
-    sample = f"sample[:, :{config.dataset.channels}]" if learned else "sample"
-    shape = ", ".join(map(str, config.dataset.shape))
-    none, guide = "There is no label for none, and so no guidance.", ""
-    if config.training.label_dropout:
-        none = f"{classes} is no label, which guidance needs."
-        guide = f"""
-        F_0 = unet(x, t, torch.tensor([{classes}])).{sample}  # no label
-        F = F_0 + 2.0 * (F - F_0)  # guidance of scale 2"""
-    return f"""Labels are numbers: 0 is the first of `classes` below, {classes - 1} the last. {none}
-
-```python
-import torch
-from diffusers import DDIMScheduler, UNet2DModel
-
-unet = UNet2DModel.from_pretrained("THIS_FOLDER", subfolder="unet")
-scheduler = DDIMScheduler.from_pretrained("THIS_FOLDER", subfolder="scheduler")
-scheduler.set_timesteps({few})
-label = torch.tensor([0])
-x = torch.randn(1, {shape})
-for t in scheduler.timesteps:
-    with torch.no_grad():
-        F = unet(x, t, label).{sample}{guide}
-    x = scheduler.step(F, t, x, use_clipped_model_output=True).prev_sample
-image = (x / 2 + 0.5).clamp(0, 1)
-```
-"""
 
 
 def write_onnx(model: Model, path: Path) -> str:

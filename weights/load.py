@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from config import Config, apply_override, check_config
 from weights.checkpoint import is_checkpoint, newest_checkpoint, read_plain, up_to_date
 from weights.dialects import infer_tree, same_process, to_our_names, tree_of_diffusers
+from weights.hub import download
 from weights.improved import split_heads
 
 _ABOUT = {"config", "step", "weights"}  # what tells our own exports
@@ -99,7 +100,7 @@ def _locate(path: Path) -> tuple[Path, Path | None, Any, dict[str, Any]]:
         return path, None, _read_tensorflow(path), {}
     path = up_to_date(path)
     if not path.exists():
-        path = _fetch(str(path))
+        path = download(path.as_posix())
     if path.name.startswith("diffusion_pytorch_model") and (path.parent / "config.json").is_file():
         path = path.parent
     if config_json := _find(path, "unet/config.json", "config.json"):
@@ -245,22 +246,6 @@ def _read_tensorflow(path: Path) -> dict[str, Tensor]:
     if "No module named 'tensorflow'" in reason:
         reason = "`pip install tensorflow-cpu` to read it"
     raise ValueError(f"{prefix} is a TensorFlow checkpoint: {reason}")
-
-
-def _fetch(source: str) -> Path:
-    """Download a Hub id, `owner/name`; FileNotFoundError where it is none."""
-    owner, slash, name = source.partition("/")
-    if not (slash and owner and name) or "/" in name or Path(owner).exists() or "." in owner:
-        raise FileNotFoundError(f"no checkpoint at {source}")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
-    except ImportError:
-        reason = "`pip install huggingface_hub` first"
-    except Exception as error:  # a network and a service can raise anything
-        reason = str(error).strip().partition("\n")[0]
-    raise FileNotFoundError(f"nothing at {source}, and no download from the Hub: {reason}")
 
 
 def _raw_and_ema(data: Any) -> tuple[dict, dict]:

@@ -14,7 +14,8 @@ from generation import Guidance, make_denoiser, reverse
 from model import build_network
 from weights import Model, ModelFiles, copy_tensors, load_model, read_checkpoint, starting_weights
 from weights import write_checkpoint as write
-from weights.export import export_model, import_model, model_card, write_diffusers
+from weights.card import model_card
+from weights.export import export_model, import_model, write_diffusers
 
 CLASSES = ["dataset.labels=true", "dataset.classes=[cat, dog, frog]"]
 WIDE = [*CLASSES, "dataset.image_size=[16,24]", "model.attention_resolutions=[8]"]
