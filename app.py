@@ -15,11 +15,10 @@ from cli import (
     Device,
     Precision,
     Weights,
-    checkpoint_of,
     describe,
     fail,
+    model_names,
     plain_console,
-    run_names,
     usable_device,
     which_model,
 )
@@ -48,8 +47,8 @@ def draw(
     run_name: Annotated[
         str | None,
         typer.Option(
-            help="Instead of CKPT: a run of lightning_logs, its newest checkpoint.",
-            autocompletion=run_names,
+            help="Instead of CKPT: a run of lightning_logs, or a model that ships (pretrained).",
+            autocompletion=model_names,
         ),
     ] = None,
     which: CheckpointName = None,
@@ -62,7 +61,7 @@ def draw(
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     console = plain_console()
     try:
-        source = checkpoint_of(which_model(checkpoint, run_name), which)
+        source = which_model(checkpoint, run_name, which)
         device = usable_device(device)
         try:
             import gradio  # noqa: F401

@@ -39,6 +39,7 @@ UNREADABLE = ValidationError, TypeError, LookupError, AttributeError, Arithmetic
 CSS = """
 .live img { width: 100%; max-width: 40rem; image-rendering: pixelated; display: block; }
 .pixels img { image-rendering: pixelated; }
+.images .fixed-height { min-height: 0 !important; }
 .images .grid-container { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)) !important; }
 .live code { display: block; white-space: pre-wrap; overflow-wrap: anywhere; }
 :focus-visible { outline: 2px solid currentColor !important; outline-offset: 2px; }
