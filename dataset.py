@@ -269,9 +269,16 @@ def _read_labels(source: Source, root: str, known: Sequence[str]) -> tuple[np.nd
         raise ValueError(f"labels of {root} (dataset.labels=true): {error}") from None
 
 
-def with_classes(config: "Config") -> "Config":
-    """Return a config with the classes of its data, where it wants labels."""
+def with_facts(config: "Config", progress: Progress | None = None) -> "Config":
+    """Return a config with the facts of its data: the classes, where it wants labels, and steps.
+
+    To count the steps of `training.max_epochs` the images are opened, which raises as `load_images`
+    and decodes those that are not in the cache.
+    """
     data = config.dataset
+    if config.training.max_epochs:
+        images = load_images(**data.model_dump(exclude={"random_flip"}), progress=progress)
+        config = config.with_steps(len(images["train"]))
     if not data.labels:
         return config
     source = find_images(data.name, Path(data.root))["train"]

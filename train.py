@@ -7,11 +7,13 @@ if __name__ == "__main__":
 import shlex
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import track
 
 from cli import EXPECTED, Overrides, fail, is_main_process, plain_console, quiet_libraries
 from config import Config, load_config
@@ -86,14 +88,19 @@ def train(
             if run_name or continue_training or checkpoint_path:
                 raise ValueError("--dry-run measures a run from its start: give no other options")
             quiet_libraries()
-            from dataset import with_classes
+            from dataset import with_facts
             from training.dry_run import measure
 
             if is_main_process():
                 with console.status("measuring a few steps"):
-                    with suppress(FileNotFoundError):  # then random images stand in
-                        config = with_classes(config)
-                    rows = measure(config, dollars_per_hour)
+                    try:
+                        config = with_facts(config)
+                    except FileNotFoundError as error:
+                        if config.training.max_epochs:
+                            counts = "training.max_epochs counts the images"
+                            hint = "--dry-run without them takes training.max_steps"
+                            raise ValueError(f"{counts}: {error}; {hint}") from None
+                    rows = measure(config, dollars_per_hour)  # of random images where none are
                 for name, text in rows.items():
                     console.print(f"{name}: {text}")
         else:
@@ -124,13 +131,14 @@ def train(
 
 def fit(config: Config, start: "Start", console: Console) -> int:
     """Train, and say how it ended; return the exit code."""
-    from dataset import with_classes
+    from dataset import with_facts
     from evaluation.callback import Evaluation, HealthCheck
     from pl_utils import DDPM
     from training import Checkpoints, ImageData, Interrupted, build_trainer
     from training.runs import check_continuation
 
-    run, config = start.run, with_classes(config)
+    bar = partial(track, description="Decoding images", console=console, transient=True)
+    run, config = start.run, with_facts(config, bar)
     if start.checkpoint and not check_continuation(config, *start.checkpoint, console.print):
         return 0
     goes_on = (

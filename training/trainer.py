@@ -15,8 +15,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from config import Config, divisors
-from files import atomic_write, explained
+from config import Config
+from files import atomic_write, divisors, explained
 from pl_utils import Previews
 from training.averages import Averages
 from training.checkpoints import Checkpoints, OnFailure
