@@ -25,7 +25,15 @@ from pydantic import (
     model_validator,
 )
 
-from files import divisors, explain, read_yaml, set_value, split_override, yaml_value
+from files import (
+    divisors,
+    explain,
+    move_old_keys,
+    read_yaml,
+    set_value,
+    split_override,
+    yaml_value,
+)
 
 
 class Section(BaseModel):
@@ -71,10 +79,12 @@ class DatasetConfig(Section):
     """1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha"""
     fit: Literal["crop", "pad"] = "crop"
     """crop the centre, or pad with black"""
+    split: Literal["train", "all"] = "train"
+    """train, where an official test set validates; all trains on it, too"""
     random_flip: bool = True
     """mirror half of the training images"""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
-    """share of images kept for validation, where the set has no test set"""
+    """share of images kept for validation, where no test set validates"""
     cache: Folder = free("data/cache")
     """folder of decoded images"""
     labels: bool = False
@@ -107,10 +117,12 @@ class DatasetConfig(Section):
             raise ValueError("classes are of labels: say dataset.labels=true, too")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("classes has one name twice")
-        if self.validation_fraction and self.name in WITH_TEST_SET:
+        if self.split == "all" and self.name not in WITH_TEST_SET:
+            raise ValueError(f"split=all adds a test set, and {self.name} has none: leave it out")
+        if self.validation_fraction and self.split == "train" and self.name in WITH_TEST_SET:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; {self.name} validates on its "
-                "own test set: leave it at 0"
+                "own test set: leave it at 0, or train on that, too: dataset.split=all"
             )
         return self
 
@@ -418,21 +430,9 @@ def apply_override(tree: dict, override: str) -> None:
         tree[section].pop(LENGTHS[1 - LENGTHS.index(name)], None)
 
 
-def move_old_keys(tree: dict) -> list[str]:
-    """Move what `training` once held to its sections, in place; return the keys as they are now."""
-    moved, training = [], tree["training"] if isinstance(tree.get("training"), dict) else {}
-    for key in list(training):
-        for section in ("hardware", "logging", "evaluation"):
-            values = tree.setdefault(section, {}) if key in fields_of(section) else None
-            if isinstance(values, dict) and key not in values:  # else it is refused as unknown
-                values[key] = training.pop(key)
-                moved.append(f"{section}.{key}")
-    return moved
-
-
 def check_config(tree: dict, *, source: str) -> Config:
     """Return a checked config of plain data; `source` names it in messages."""
-    if moved := move_old_keys(tree):
+    if moved := move_old_keys(tree, Config):
         many = f"{len(moved)} keys of hardware, logging, evaluation"
         keys = many if len(moved) > 4 else ", ".join(moved)
         print(f"{source}: moved from training to {keys}", file=sys.stderr)

@@ -238,6 +238,19 @@ def to_yaml(config: "BaseModel") -> str:
     return "\n".join(lines) + "\n"
 
 
+def move_old_keys(tree: dict, kind: "type[BaseModel]") -> list[str]:
+    """Move what `training` once held to its sections, in place; return the keys as they are now."""
+    moved, training = [], tree["training"] if isinstance(tree.get("training"), dict) else {}
+    for key in list(training):
+        for section in ("hardware", "logging", "evaluation"):
+            known = kind.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+            values = tree.setdefault(section, {}) if key in known else None
+            if isinstance(values, dict) and key not in values:  # else it is refused as unknown
+                values[key] = training.pop(key)
+                moved.append(f"{section}.{key}")
+    return moved
+
+
 def explain(fault: Any, kind: "type[BaseModel]") -> str:
     """Return one line of what pydantic finds wrong with a config: where, value, rule and hint."""
     of_unions = "int", "constrained-int", "literal['auto']"

@@ -334,6 +334,8 @@ class Plan:
             found.append(f"{extractor.name} stretches images of {width}x{height} to a square")
         if extractor and self.reference is not None and reference != "train":
             found.append(f"against {reference}, not the training set")
+        if self.config and self.config.dataset.split == "all":
+            found.append("the training set is all splits together")
         if self.model:
             sampler, steps, T = (
                 self.drawing["sampler"],

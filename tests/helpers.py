@@ -156,6 +156,7 @@ def load(tmp_path, name="folder", **changes):
         "image_size": 8,
         "channels": 3,
         "fit": "crop",
+        "split": "train",
         "validation_fraction": 0.0,
         "cache": str(tmp_path / "cache"),
         "labels": False,

@@ -153,6 +153,9 @@ def test_a_test_set_is_the_validation_set(name):
     with pytest.raises(ValueError, match=f"fraction is 0.1; {name} validates on its own test set"):
         load_config(DIGITS, [f"dataset.name={name}"])
     assert load_config(DIGITS, [f"dataset.name={name}", "dataset.validation_fraction=0"])
+    assert load_config(DIGITS, [f"dataset.name={name}", "dataset.split=all"])
+    with pytest.raises(ValueError, match="split=all adds a test set, and digits has none"):
+        load_config(DIGITS, ["dataset.split=all"])
 
 
 def test_steps_or_epochs(tmp_path):
