@@ -107,7 +107,9 @@ def build_logger(kind: str, run: Path, step: int) -> Logger:
         logger = CSVLogger(run, name="csv", version=f"from-step-{step}")
     elif kind == "wandb":
         if not find_spec("wandb"):
-            raise ValueError("logging.logger: wandb needs `pip install wandb`")
+            raise ValueError(
+                "logging.logger: wandb needs `pip install wandb`, or all of requirements-extras.txt"
+            )
         file = run / ".id"  # stays with the folder, so that the page does too
         if not file.exists():
             with atomic_write(file) as temporary:
