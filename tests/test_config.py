@@ -1,4 +1,5 @@
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,19 @@ def test_a_test_set_is_the_validation_set(name):
     assert load_config(DIGITS, [f"dataset.name={name}", "dataset.split=all"])
     with pytest.raises(ValueError, match="split=all adds a test set, and digits has none"):
         load_config(DIGITS, ["dataset.split=all"])
+
+
+@pytest.mark.parametrize("name", ["sprites", "flowers"])
+def test_betas_of_others_leave_what_the_comment_says(name):
+    text = Path(f"configs/{name}.yml").read_text()
+    start, end, theirs, ours = map(float, re.search(
+        r"beta_start: (\S+), beta_end: (\S+), with alpha_bar_T (\S+) in place of (\S+)", text
+    ).groups())  # fmt: skip
+    config = load_config(f"configs/{name}.yml").diffusion
+    literal = config.model_copy(update={"beta_start": start, "beta_end": end})
+    last = config.timesteps - 1
+    left = [GaussianDiffusion(**c.model_dump()).alpha_bar(last) for c in (literal, config)]
+    assert left == [pytest.approx(theirs, rel=0.02), pytest.approx(ours, rel=0.2)]
 
 
 def test_steps_or_epochs(tmp_path):

@@ -4,7 +4,9 @@ import pytest
 from helpers import invoke
 from processes import PROJECT, run
 
-SMOKE = "train.py configs/smoke.yml hardware.accelerator=cpu training.max_steps=2"
+SMOKE = (
+    "train.py configs/smoke.yml hardware.accelerator=cpu training.max_steps=2 sampling.timesteps=3"
+)
 
 
 @pytest.fixture
