@@ -398,7 +398,7 @@ class Config(Section):
         return self
 
     def with_steps(self, images: int) -> "Config":
-        """Return it with max_steps in the place of max_epochs over so many training images."""
+        """Return the config with max_steps in place of max_epochs over so many images."""
         if (epochs := self.training.max_epochs) is None:
             return self
         steps = math.ceil(epochs * images / self.training.batch_size)

@@ -271,10 +271,11 @@ def _read_labels(source: Source, root: str, known: Sequence[str]) -> tuple[np.nd
 
 
 def with_facts(config: "Config", progress: Progress | None = None) -> "Config":
-    """Return a config with the facts of its data: the classes, where it wants labels, and steps.
+    """Return a config with the facts of its data: its classes, and the steps of its max_epochs.
 
-    To count the steps of `training.max_epochs` the images are opened, which raises as `load_images`
-    and decodes those that are not in the cache.
+    To count those the images are opened, which decodes what is not in the cache.
+
+    Raises as `load_images`.
     """
     data = config.dataset
     if config.training.max_epochs:
