@@ -8,12 +8,12 @@ checkpoint. `model`, `diffusion`, `sampling` and `guidance` mirror one construct
 """
 
 import itertools
+import math
 import os
-import reprlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -25,7 +25,15 @@ from pydantic import (
     model_validator,
 )
 
-from files import did_you_mean, read_yaml, set_value, split_override, yaml_value
+from files import (
+    divisors,
+    explain,
+    move_old_keys,
+    read_yaml,
+    set_value,
+    split_override,
+    yaml_value,
+)
 
 
 class Section(BaseModel):
@@ -46,6 +54,11 @@ def free(default: Any = ..., **rules: Any) -> Any:
 
 
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]  # a shell leaves key=~/x alone
+if TYPE_CHECKING:
+    Steps = int
+else:
+    Steps = int | None  # None until `Config.with_steps` has counted those of max_epochs
+LENGTHS = ("max_steps", "max_epochs")  # of a run
 WITH_TEST_SET = ("mnist", "fashion-mnist", "cifar10", "flowers102", "emoji")
 
 
@@ -66,10 +79,12 @@ class DatasetConfig(Section):
     """1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha"""
     fit: Literal["crop", "pad"] = "crop"
     """crop the centre, or pad with black"""
+    split: Literal["train", "all"] = "train"
+    """train, where an official test set validates; all trains on it, too"""
     random_flip: bool = True
     """mirror half of the training images"""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
-    """share of images kept for validation, where the set has no test set"""
+    """share of images kept for validation, where no test set validates"""
     cache: Folder = free("data/cache")
     """folder of decoded images"""
     labels: bool = False
@@ -102,10 +117,12 @@ class DatasetConfig(Section):
             raise ValueError("classes are of labels: say dataset.labels=true, too")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("classes has one name twice")
-        if self.validation_fraction and self.name in WITH_TEST_SET:
+        if self.split == "all" and self.name not in WITH_TEST_SET:
+            raise ValueError(f"split=all adds a test set, and {self.name} has none: leave it out")
+        if self.validation_fraction and self.split == "train" and self.name in WITH_TEST_SET:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; {self.name} validates on its "
-                "own test set: leave it at 0"
+                "own test set: leave it at 0, or train on that, too: dataset.split=all"
             )
         return self
 
@@ -164,8 +181,10 @@ class TrainingConfig(Section):
     """seed of initial weights, data order, t, noise, flips and dropout"""
     batch_size: int = Field(128, ge=1, le=1_000_000)
     """images a step, on all devices together"""
-    max_steps: int = free(ge=1, le=10**9)
-    """steps of the whole run"""
+    max_steps: Steps = free(None, ge=1, le=10**9)
+    """steps of the whole run; or give max_epochs"""
+    max_epochs: float | None = free(None, gt=0)
+    """passes over the training images, in place of max_steps"""
     optimizer: Literal["adam", "muon"] = "adam"
     """adam (the paper's) or muon"""
     learning_rate: float = Field(2e-4, gt=0)
@@ -203,6 +222,9 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _knobs_are_used(self) -> "TrainingConfig":
+        if (self.max_steps is None) == (self.max_epochs is None):
+            given = "none is" if self.max_steps is None else "both are"
+            raise ValueError(f"give one of max_steps and max_epochs; {given} given")
         gamma, plain = self.loss_weight_gamma, self.loss_weight in ("eps", "x0", "v")
         if gamma is not None and (plain or (gamma <= 0 and self.loss_weight != "sigmoid")):
             raise ValueError(
@@ -359,7 +381,7 @@ class Config(Section):
                 f"hardware.micro_batch_size {micro} does not divide training.batch_size "
                 f"{batch_size}; these do: {divisors(batch_size)}"
             )
-        best, last = self.training.keep_best, self.training.max_steps
+        best, last = self.training.keep_best, self.training.max_steps or 10**9
         key = "validate_every" if best == "validation" else "evaluate_every"
         if best and not 0 < getattr(self.evaluation, key) <= last:
             raise ValueError(f"training.keep_best={best} needs evaluation.{key} in 1 ... {last}")
@@ -375,10 +397,14 @@ class Config(Section):
             raise ValueError(f"sampling.timesteps {steps} is more than diffusion.timesteps {T}")
         return self
 
-
-def divisors(n: int) -> str:
-    """Return the divisors of n, for hints."""
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+    def with_steps(self, images: int) -> "Config":
+        """Return the config with max_steps in place of max_epochs over so many images."""
+        if (epochs := self.training.max_epochs) is None:
+            return self
+        steps = math.ceil(epochs * images / self.training.batch_size)
+        tree = self.model_dump()
+        tree["training"] |= {"max_steps": steps, "max_epochs": None}
+        return check_config(tree, source=f"training.max_epochs={epochs:g} of {images:,} images")
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -398,47 +424,23 @@ def apply_override(tree: dict, override: str) -> None:
     known = fields_of(section).get(name) if section in Config.model_fields else None
     # folders called 2024-02-03 or `my #1` stand as they are, unless quoted
     as_it_is = known and known.annotation is str and text[:1] not in "\"'"
-    set_value(tree, section, name, text if as_it_is else yaml_value(text, f"{section}.{name}"))
-
-
-def move_old_keys(tree: dict) -> list[str]:
-    """Move what `training` once held to its sections, in place; return the keys as they are now."""
-    moved, training = [], tree["training"] if isinstance(tree.get("training"), dict) else {}
-    for key in list(training):
-        for section in ("hardware", "logging", "evaluation"):
-            values = tree.setdefault(section, {}) if key in fields_of(section) else None
-            if isinstance(values, dict) and key not in values:  # else it is refused as unknown
-                values[key] = training.pop(key)
-                moved.append(f"{section}.{key}")
-    return moved
+    value = text if as_it_is else yaml_value(text, f"{section}.{name}")
+    set_value(tree, section, name, value)
+    if section == "training" and name in LENGTHS and value is not None:  # one for the other
+        tree[section].pop(LENGTHS[1 - LENGTHS.index(name)], None)
 
 
 def check_config(tree: dict, *, source: str) -> Config:
     """Return a checked config of plain data; `source` names it in messages."""
-    if moved := move_old_keys(tree):
+    if moved := move_old_keys(tree, Config):
         many = f"{len(moved)} keys of hardware, logging, evaluation"
         keys = many if len(moved) > 4 else ", ".join(moved)
         print(f"{source}: moved from training to {keys}", file=sys.stderr)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
+        faults = "\n".join(f"  {explain(fault, Config)}" for fault in error.errors())
         raise ValueError(f"{source}:\n{faults}") from None
-
-
-def _explain(fault: Any) -> str:
-    of_unions = "int", "constrained-int", "literal['auto']"
-    where = ".".join(str(part) for part in fault["loc"] if part not in of_unions)
-    if fault["type"] == "extra_forbidden":
-        section = fault["loc"][0]
-        known = fields_of(section) if len(fault["loc"]) > 1 else Config.model_fields
-        return f"{where}: no such key{did_you_mean(str(fault['loc'][-1]), known)}"
-    if fault["type"] == "missing":
-        return f"{where}: missing; give it a value"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where}: {reprlib.repr(fault['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def fields_of(section: str) -> dict[str, Any]:

@@ -217,6 +217,7 @@ def load_images(
     image_size: int | Sequence[int],
     channels: int,
     fit: Fit,
+    split: str,
     validation_fraction: float,
     cache: str,
     labels: bool,
@@ -225,9 +226,9 @@ def load_images(
 ) -> dict[str, Images]:
     """Return {"train": ..., "validation": ...}; `validation` may be empty.
 
-    A dataset with an official test set validates on that; others on a random
-    `validation_fraction`, the same for every seed. Decoded files are kept in `cache`. Where
-    `labels` are wanted, each class has images to train on; `classes` are its names, if known.
+    A dataset with an official test set validates on that, unless `split` is "all"; else validates
+    a random `validation_fraction`, the same for every seed. Decoded files are kept in `cache`.
+    Where `labels` are wanted, each class has images to train on; `classes` are its names, if known.
 
     Raises:
         FileNotFoundError: nothing at `root`. ValueError: too many files that cannot be used, no
@@ -236,14 +237,14 @@ def load_images(
     form = dict(image_size=image_size, channels=channels, fit=fit)
     show = progress or (lambda outcomes, total: outcomes)
     parts = {}
-    for split, source in find_images(name, Path(root)).items():
+    for part, source in find_images(name, Path(root), split).items():
         if source.pixels is not None:
-            parts[split] = Images(_fit_array(source, form))
+            parts[part] = Images(_fit_array(source, form))
         else:
-            parts[split] = _decode(source, root, Path(cache), show, form)
+            parts[part] = _decode(source, root, Path(cache), show, form)
         if labels:
-            parts[split].labels, classes = _read_labels(source, root, classes)
-            parts[split].classes = classes
+            parts[part].labels, classes = _read_labels(source, root, classes)
+            parts[part].classes = classes
     if "validation" not in parts:
         images = parts["train"]
         order = np.random.default_rng(0).permutation(len(images))
@@ -252,7 +253,7 @@ def load_images(
             hint = f"leaves none of {count} images to train on"
             raise ValueError(f"dataset.validation_fraction {validation_fraction} {hint}")
         rows = {"train": order[count:], "validation": order[:count]}
-        parts = {split: images.of(np.sort(some)) for split, some in rows.items()}
+        parts = {part: images.of(np.sort(some)) for part, some in rows.items()}
     if empty := [name for name, count in parts["train"].count_classes().items() if not count]:
         which = f"{empty[0]!r}" + f" and {len(empty) - 1} other classes" * (len(empty) > 1)
         hint = "add some, or lower dataset.validation_fraction"
@@ -269,12 +270,20 @@ def _read_labels(source: Source, root: str, known: Sequence[str]) -> tuple[np.nd
         raise ValueError(f"labels of {root} (dataset.labels=true): {error}") from None
 
 
-def with_classes(config: "Config") -> "Config":
-    """Return a config with the classes of its data, where it wants labels."""
+def with_facts(config: "Config", progress: Progress | None = None) -> "Config":
+    """Return a config with the facts of its data: its classes, and the steps of its max_epochs.
+
+    To count those the images are opened, which decodes what is not in the cache.
+
+    Raises as `load_images`.
+    """
     data = config.dataset
+    if config.training.max_epochs:
+        images = load_images(**data.model_dump(exclude={"random_flip"}), progress=progress)
+        config = config.with_steps(len(images["train"]))
     if not data.labels:
         return config
-    source = find_images(data.name, Path(data.root))["train"]
+    source = find_images(data.name, Path(data.root), data.split)["train"]
     _, classes = _read_labels(source, data.root, data.classes)
     return config.model_copy(update={"dataset": data.model_copy(update={"classes": classes})})
 

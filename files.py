@@ -238,6 +238,40 @@ def to_yaml(config: "BaseModel") -> str:
     return "\n".join(lines) + "\n"
 
 
+def move_old_keys(tree: dict, kind: "type[BaseModel]") -> list[str]:
+    """Move what `training` once held to its sections, in place; return the keys as they are now."""
+    moved, training = [], tree["training"] if isinstance(tree.get("training"), dict) else {}
+    for key in list(training):
+        for section in ("hardware", "logging", "evaluation"):
+            known = kind.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+            values = tree.setdefault(section, {}) if key in known else None
+            if isinstance(values, dict) and key not in values:  # else it is refused as unknown
+                values[key] = training.pop(key)
+                moved.append(f"{section}.{key}")
+    return moved
+
+
+def explain(fault: Any, kind: "type[BaseModel]") -> str:
+    """Return one line of what pydantic finds wrong with a config: where, value, rule and hint."""
+    of_unions = "int", "constrained-int", "literal['auto']"
+    where = ".".join(str(part) for part in fault["loc"] if part not in of_unions)
+    if fault["type"] == "extra_forbidden":
+        section = kind.model_fields.get(fault["loc"][0]) if len(fault["loc"]) > 1 else None
+        known = section.annotation.model_fields if section else kind.model_fields  # type: ignore[union-attr]
+        return f"{where}: no such key{did_you_mean(str(fault['loc'][-1]), known)}"
+    if fault["type"] == "missing":
+        return f"{where}: missing; give it a value"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {reprlib.repr(fault['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def divisors(n: int) -> str:
+    """Return the divisors of n, for hints."""
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
 def differences(old: "BaseModel", new: "BaseModel", *, learned: bool = False) -> list[str]:
     """Return 'section.key: old -> new' for each value that differs; `learned`: of keys not free."""
     lines, new_tree = [], new.model_dump(mode="json")

@@ -4,13 +4,10 @@
 if __name__ == "__main__":
     import cli  # noqa: F401  (first: it speaks of packages that are missing)
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cli import (
     CheckpointName,
@@ -27,10 +24,6 @@ from cli import (
     usable_device,
     which_model,
 )
-
-if TYPE_CHECKING:
-    from generation import Sampling
-    from generation.folder import Job
 
 HELP = """
 Generate images with a trained model, or edit images with it.
@@ -137,7 +130,7 @@ def sample(
         typer.Option(metavar="FILE FILE", help="From one image to another, through their latents."),
     ] = None,
 ) -> None:
-    console, folder = plain_console(), output_dir
+    console = plain_console()
     try:
         asked = {
             "image": image,
@@ -163,8 +156,7 @@ def sample(
             which_edit,
             which_seeds,
         )
-        from generation.folder import Copies, Job, free_folder, missing_images, write_copies
-        from generation.recipe import folder_names
+        from generation.folder import Copies, draw, find_jobs
         from weights import load_model
 
         kind = which_edit(asked)
@@ -185,63 +177,21 @@ def sample(
         plan, originals = apply_edit(plan, kind, asked, len(chosen), fit_image)
         if format == "jpg" and model.shape[0] in (2, 4):
             raise ValueError("--format jpg knows no transparency, which these images have; png")
-        rows = folder_names(plan.labels)
-        recipes = {name: plan.recipe(label) for name, label in rows.items()}
-        if folder:
-            missing = missing_images(folder, chosen, recipes)
-        else:
-            folder, missing = free_folder("samples", chosen, recipes)
+        folder, jobs = find_jobs(plan, chosen, output_dir)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
         raise typer.Exit(fail(error)) from None
-    introduce(plan, console)
-    jobs = [Job(label, folder / name, missing[name]) for name, label in rows.items()]
     copies = Copies(grid, upscale, format, gif)
     try:
-        write_images(plan, jobs, batch_size, console)
-        kept = len(chosen) * len(jobs) - sum(len(job.missing) for job in jobs)
-        there = f", {kept} were there already" if kept else ""
-        console.print(f"{len(chosen) * len(jobs) - kept} images written to {folder}{there}")
-        for line in write_copies(plan, jobs, chosen, originals, folder, copies):
-            console.print(line)
+        how: dict[str, Any] = dict(copies=copies, batch_size=batch_size, originals=originals)
+        draw(plan, jobs, chosen, folder, console, **how)
     except KeyboardInterrupt:
         console.print(f"stopped; what is finished is in {folder}, the same command continues")
         raise typer.Exit(130) from None
     except Exception as error:
         fail(error)
         raise typer.Exit(1) from None
-
-
-def introduce(plan: "Sampling", console: Console) -> None:
-    """Say what is about to be drawn, and by what."""
-    model, scale, what = plan.model, plan.guidance.scale, ""
-    for note in model.notes:
-        console.print(f"assumed: {note}")
-    if plan.labels != [None]:
-        shown = [str(label) for label in plan.labels]
-        what = f", {', '.join(shown[:8])}{f' and {len(shown) - 8} more' * (len(shown) > 8)}"
-    elif classes := model.config.dataset.classes:
-        known = ", ".join(classes[:8]) + ", ..." * (len(classes) > 8)
-        console.print(f"without labels; --class-label all, or one of: {known}")
-    facts = plan.facts
-    console.print(
-        f"{facts['checkpoint']} (step {model.step:,}, {model.weights} weights){what}: "
-        f"{facts['sampler']}, {len(plan.steps)} steps{f', guidance {scale:g}' * (scale != 1)}, "
-        f"on {model.device} in {facts['precision']}"
-    )
-    if "filled" in facts:
-        console.print(f"the mask is white, and filled, on {facts['filled']:.1%} of the image")
-
-
-def write_images(plan: "Sampling", jobs: "list[Job]", batch_size: int, console: Console) -> None:
-    """Generate the missing images, and show how far it is."""
-    from generation.folder import write_missing
-
-    columns = TextColumn("{task.completed:.0f}/{task.total} images"), BarColumn()
-    hidden, lacking = not console.is_terminal, sum(len(job.missing) for job in jobs)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as bar:
-        write_missing(plan, jobs, batch_size, partial(bar.advance, bar.add_task("", total=lacking)))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,23 @@ if __name__ == "__main__":
 import shlex
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import track
 
-from cli import EXPECTED, Overrides, fail, is_main_process, plain_console, quiet_libraries
+from cli import (
+    EXPECTED,
+    Overrides,
+    fail,
+    is_main_process,
+    plain_console,
+    quiet_libraries,
+    usable_device,
+)
 from config import Config, load_config
 from files import differences, to_yaml
 
@@ -69,6 +79,10 @@ def train(
         float | None,
         typer.Option(min=0, max=1e6, help="Price of all its hardware; implies --dry-run."),
     ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(min=1, help="Draw so many images into RUN/samples when training has ended."),
+    ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the whole config, explained, and exit.")
     ] = False,
@@ -83,17 +97,22 @@ def train(
         if print_config:
             print(to_yaml(config), end="")
         elif dry_run or dollars_per_hour is not None:
-            if run_name or continue_training or checkpoint_path:
+            if run_name or continue_training or checkpoint_path or sample:
                 raise ValueError("--dry-run measures a run from its start: give no other options")
             quiet_libraries()
-            from dataset import with_classes
+            from dataset import with_facts
             from training.dry_run import measure
 
             if is_main_process():
                 with console.status("measuring a few steps"):
-                    with suppress(FileNotFoundError):  # then random images stand in
-                        config = with_classes(config)
-                    rows = measure(config, dollars_per_hour)
+                    try:
+                        config = with_facts(config)
+                    except FileNotFoundError as error:
+                        if config.training.max_epochs:
+                            counts = "training.max_epochs counts the images"
+                            hint = "--dry-run without them takes training.max_steps"
+                            raise ValueError(f"{counts}: {error}; {hint}") from None
+                    rows = measure(config, dollars_per_hour)  # of random images where none are
                 for name, text in rows.items():
                     console.print(f"{name}: {text}")
         else:
@@ -110,6 +129,8 @@ def train(
             console.print(f"run folder: {start.run}")
             quiet_libraries()
             code = fit(config, start, console)
+            if sample and not code and is_main_process():
+                code = draw_samples(start.run, sample, config.hardware.accelerator, console)
     except KeyboardInterrupt:
         console.print("stopped before the first step; nothing was saved")
         code = 130
@@ -124,13 +145,14 @@ def train(
 
 def fit(config: Config, start: "Start", console: Console) -> int:
     """Train, and say how it ended; return the exit code."""
-    from dataset import with_classes
+    from dataset import with_facts
     from evaluation.callback import Evaluation, HealthCheck
     from pl_utils import DDPM
     from training import Checkpoints, ImageData, Interrupted, build_trainer
     from training.runs import check_continuation
 
-    run, config = start.run, with_classes(config)
+    bar = partial(track, description="Decoding images", console=console, transient=True)
+    run, config = start.run, with_facts(config, bar)
     if start.checkpoint and not check_continuation(config, *start.checkpoint, console.print):
         return 0
     goes_on = (
@@ -187,6 +209,27 @@ def fit(config: Config, start: "Start", console: Console) -> int:
         f"to sample: python sample.py {run} --num-images 8\n"
         f"to look at the curves: {curves[config.logging.logger[0]]}"
     )
+    return 0
+
+
+def draw_samples(run: Path, count: int, accelerator: str, console: Console) -> int:
+    """Draw images into RUN/samples, as `sample.py RUN` does; return the exit code."""
+    from training.samples import draw_into
+
+    folder = run / "samples"
+    try:
+        device = usable_device("cuda" if accelerator == "gpu" else accelerator)
+        draw_into(folder, run, count, device, console)
+    except KeyboardInterrupt:
+        console.print(
+            f"stopped; the run is whole, and what is finished is in {folder}: --continue-training "
+            f"--sample {count} draws the rest"
+        )
+        return 130
+    except Exception as error:
+        console.print("the run is whole; its images are not:")
+        fail(error)
+        return 1
     return 0
 
 

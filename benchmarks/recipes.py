@@ -31,7 +31,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from config import Config, load_config
-from dataset import Images, with_classes
+from dataset import Images, with_facts
 from diffusion_utils import from_uint8, to_uint8
 from evaluation.extractor import load_extractor
 from evaluation.likelihood import bits_per_dim, likelihood_scores
@@ -317,7 +317,7 @@ def run(
                 (r["task"], r["recipe"], r["seed"]) == (task, recipe, seed) for r in found_runs()
             ):
                 continue
-            config = with_classes(configure(task, recipe, seed))
+            config = with_facts(configure(task, recipe, seed))
             yardstick = yardstick or Yardstick(config, extractor)
             ddpm, clipped, seconds = train(config, yardstick.images["train"], recipe.split("+"))
             scores = {**yardstick.measure(ddpm), "clipped": clipped, "seconds": seconds}
@@ -334,7 +334,7 @@ def run(
 @app.command(name="time")
 def time_steps(task: str, recipes: list[str], steps: int = 30, rounds: int = 5) -> None:
     """Print each recipe's seconds a step beside the first's; they take turns."""
-    models = [DDPM(with_classes(configure(task, recipe, 0))) for recipe in recipes]
+    models = [DDPM(with_facts(configure(task, recipe, 0))) for recipe in recipes]
     optimizers = [ddpm.configure_optimizers() for ddpm in models]
     images = open_images(models[0].config)["train"]
     batches = list(zip(range(steps), train_batches(images, models[0].config), strict=False))

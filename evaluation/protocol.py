@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from config import Config, SamplingConfig, did_you_mean, load_config
+from config import Config, SamplingConfig, load_config
 from dataset import FolderImages, Images, sides
 from evaluation.classes import (
     Label,
@@ -25,6 +25,7 @@ from evaluation.health import SAMPLED, both_weights, make_probes
 from evaluation.likelihood import bound_times
 from evaluation.metrics import KEPT, Statistics, Tally, load_statistics, spread
 from evaluation.yardsticks import Probe
+from files import did_you_mean
 from generation import Sampling, quick_settings, resolve_precision
 from generation.recipe import parse_labels
 from training.datamodule import open_images
@@ -333,6 +334,8 @@ class Plan:
             found.append(f"{extractor.name} stretches images of {width}x{height} to a square")
         if extractor and self.reference is not None and reference != "train":
             found.append(f"against {reference}, not the training set")
+        if self.config and self.config.dataset.split == "all":
+            found.append("the training set is all splits together")
         if self.model:
             sampler, steps, T = (
                 self.drawing["sampler"],

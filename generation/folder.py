@@ -3,12 +3,15 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from generation import images
@@ -30,6 +33,22 @@ class Job(NamedTuple):
 
 class OtherRecipe(ValueError):
     """An image in the way was made by another recipe."""
+
+
+def find_jobs(
+    plan: Sampling, seeds: Sequence[int], folder: Path | None, otherwise: str = "samples"
+) -> tuple[Path, list[Job]]:
+    """Return where the images go, and what is missing there; without a folder, `otherwise` is it.
+
+    Raises as `missing_seeds`.
+    """
+    rows = folder_names(plan.labels)
+    recipes = {name: plan.recipe(label) for name, label in rows.items()}
+    if folder:
+        missing = missing_images(folder, seeds, recipes)
+    else:
+        folder, missing = free_folder(otherwise, seeds, recipes)
+    return folder, [Job(label, folder / name, missing[name]) for name, label in rows.items()]
 
 
 def free_folder(
@@ -153,10 +172,59 @@ def write_missing(
 class Copies(NamedTuple):
     """The copies to write beside the numbered images."""
 
-    grid: bool
-    upscale: int | None
-    format: str
-    gif: bool
+    grid: bool = True
+    upscale: int | None = None
+    format: str = "png"
+    gif: bool = False
+
+
+def draw(
+    plan: Sampling,
+    jobs: Sequence[Job],
+    seeds: Sequence[int],
+    folder: Path,
+    console: Console,
+    *,
+    copies: Copies | None = None,
+    batch_size: int = 64,
+    originals: Sequence[Tensor] = (),
+) -> None:
+    """Generate what is missing and write the copies; say what is drawn, how far it is, and where.
+
+    Args:
+        originals: what was edited, uint8 [C, H, W] each.
+    """
+    introduce(plan, console)
+    columns = TextColumn("{task.completed:.0f}/{task.total} images"), BarColumn()
+    hidden, lacking = not console.is_terminal, sum(len(job.missing) for job in jobs)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as bar:
+        write_missing(plan, jobs, batch_size, partial(bar.advance, bar.add_task("", total=lacking)))
+    kept = len(seeds) * len(jobs) - lacking
+    there = f", {kept} were there already" if kept else ""
+    console.print(f"{lacking} images written to {folder}{there}")
+    for line in write_copies(plan, jobs, seeds, originals, folder, copies or Copies()):
+        console.print(line)
+
+
+def introduce(plan: Sampling, console: Console) -> None:
+    """Say what is about to be drawn, and by what."""
+    model, scale, what = plan.model, plan.guidance.scale, ""
+    for note in model.notes:
+        console.print(f"assumed: {note}")
+    if plan.labels != [None]:
+        shown = [str(label) for label in plan.labels]
+        what = f", {', '.join(shown[:8])}{f' and {len(shown) - 8} more' * (len(shown) > 8)}"
+    elif classes := model.config.dataset.classes:
+        known = ", ".join(classes[:8]) + ", ..." * (len(classes) > 8)
+        console.print(f"without labels; --class-label all, or one of: {known}")
+    facts = plan.facts
+    console.print(
+        f"{facts['checkpoint']} (step {model.step:,}, {model.weights} weights){what}: "
+        f"{facts['sampler']}, {len(plan.steps)} steps{f', guidance {scale:g}' * (scale != 1)}, "
+        f"on {model.device} in {facts['precision']}"
+    )
+    if "filled" in facts:
+        console.print(f"the mask is white, and filled, on {facts['filled']:.1%} of the image")
 
 
 def write_copies(

@@ -62,7 +62,7 @@ def report_on_images(
             raise ValueError(f"{sheet} is another image; choose another --contact-sheet")
         config = load_config(config_file, overrides or ())
         data = config.dataset
-        sources = find_images(data.name, Path(data.root))
+        sources = find_images(data.name, Path(data.root), data.split)
         headers = report.read_headers(sources.values(), progress=bar)
         show(report.summarize_headers(config, headers))
         keys = data.model_dump(exclude={"random_flip"})

@@ -7,7 +7,8 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -154,6 +155,28 @@ def open_lmdb(home: Path) -> Source:
     stat = (home / "data.mdb").stat()
     identity = [str(home), stat.st_size, stat.st_mtime_ns]
     return Source(identity, [key.decode("latin-1") for key in keys], read)
+
+
+def join(parts: Sequence[Source]) -> Source:
+    """Return the images of several sources, one after another; their classes are the same."""
+    starts = np.cumsum([0, *(len(part.names) for part in parts)]).tolist()
+
+    def read(row: int) -> Image.Image:
+        i = bisect(starts, row) - 1
+        return parts[i].open(row - starts[i])
+
+    def labels() -> Labels:
+        found = [part.labels() for part in parts]
+        return Labels(np.concatenate([some.of for some in found]), found[0].names)
+
+    pixels = [part.pixels for part in parts if part.pixels is not None]
+    return Source(
+        [part.identity for part in parts],
+        [name for part in parts for name in part.names],
+        read,
+        np.concatenate(pixels) if pixels else None,
+        labels,
+    )
 
 
 def of_array(

@@ -21,6 +21,7 @@ from files import remove_leftovers
 from sources.emoji import open_emoji
 from sources.files import (
     Source,
+    join,
     of_array,
     open_array,
     open_files,
@@ -43,14 +44,22 @@ CLASSES = {
 }  # fmt: skip
 
 
-def find_images(name: str, root: Path) -> dict[str, Source]:
-    """Return {"train": ...} and, where there is an official test set, "validation".
+def find_images(name: str, root: Path, split: str = "train") -> dict[str, Source]:
+    """Return {"train": ...} and, where an official test set validates, "validation".
 
-    `root` may also name a dataset of the Hub.
+    Args:
+        root: where they are; it may also name a dataset of the Hub.
+        split: "all" joins the test set to the images to train on.
 
     Raises:
         FileNotFoundError: nothing at `root`, and it cannot be downloaded. ValueError: damaged.
     """
+    parts = find_splits(name, root)
+    return {"train": join([*parts.values()])} if split == "all" else parts
+
+
+def find_splits(name: str, root: Path) -> dict[str, Source]:
+    """Return the official splits of a set."""
     if name == "digits":
         from sklearn.datasets import load_digits
 

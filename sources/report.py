@@ -234,9 +234,10 @@ def summarize_values(
 ) -> dict[str, list[str]]:
     """Return the split, the steps, the values, the copies. names: training, then validation."""
     data, batch, count = config.dataset, config.training.batch_size, len(values.digests)
-    how = "its test set" if data.name in WITH_TEST_SET else "the same random ones for every seed"
+    official = data.name in WITH_TEST_SET and data.split == "train"
+    how = "its test set" if official else "the same random ones for every seed"
     kept = f"{len(validation):,} for validation ({how})" if validation else "none for validation"
-    steps = config.training.max_steps
+    steps = config.with_steps(count).training.max_steps
     epochs = f"{steps * batch / count:,.1f} epochs, flips {'on' if data.random_flip else 'off'}"
     channels = ["gray", "alpha"] if data.channels < 3 else ["red", "green", "blue", "alpha"]
     lines, groups = [], dict[bytes, list[str]]()

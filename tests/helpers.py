@@ -156,6 +156,7 @@ def load(tmp_path, name="folder", **changes):
         "image_size": 8,
         "channels": 3,
         "fit": "crop",
+        "split": "train",
         "validation_fraction": 0.0,
         "cache": str(tmp_path / "cache"),
         "labels": False,
@@ -207,11 +208,11 @@ def train(folder, *overrides, resume=None, callbacks=(), ddpm=None):
     """Train one run in this process; return the module and the optimizer's state after it."""
     from rich.console import Console
 
-    from dataset import with_classes
+    from dataset import with_facts
     from pl_utils import DDPM
     from training import ImageData, build_trainer
 
-    config = with_classes(tiny(*overrides))
+    config = with_facts(tiny(*overrides))
     torch.manual_seed(next(salt))  # what the process did before is no matter
     ddpm = ddpm or DDPM(config)
     trainer = build_trainer(config, Path(folder), Console(quiet=True))
@@ -224,10 +225,10 @@ def watched(folder, *overrides, say=None, **how):
     """Train with all that train.py adds; what is said goes to `say`."""
     from rich.console import Console
 
-    from dataset import with_classes
+    from dataset import with_facts
     from evaluation.callback import HealthCheck
 
-    config = with_classes(tiny(f"dataset.cache={folder.parent / 'cache'}", *overrides))
+    config = with_facts(tiny(f"dataset.cache={folder.parent / 'cache'}", *overrides))
     console = Console(file=say, width=1000) if say else Console(quiet=True)
     callbacks = [HealthCheck(config, console)]
     return train(folder, f"dataset.cache={folder.parent / 'cache'}", *overrides,

@@ -1,4 +1,5 @@
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,11 @@ def test_overrides_win():
         ("training.learning_rate=-1", "training.learning_rate: -1"),
         ("training.learning_rate=.inf", "training.learning_rate: inf"),
         ("training.learning_rate=.nan", "training.learning_rate: nan"),
-        ("training.max_steps=null", "training.max_steps: None"),
+        (
+            "training.max_steps=null",
+            "training: give one of max_steps and max_epochs; none is given",
+        ),
+        ("training.max_epochs=0", "training.max_epochs: 0: input should be greater than 0"),
         ("hardware.devices=0", "hardware.devices: 0: input should be"),
         (
             "hardware.micro_batch_size=3",
@@ -149,6 +154,57 @@ def test_a_test_set_is_the_validation_set(name):
     with pytest.raises(ValueError, match=f"fraction is 0.1; {name} validates on its own test set"):
         load_config(DIGITS, [f"dataset.name={name}"])
     assert load_config(DIGITS, [f"dataset.name={name}", "dataset.validation_fraction=0"])
+    assert load_config(DIGITS, [f"dataset.name={name}", "dataset.split=all"])
+    with pytest.raises(ValueError, match="split=all adds a test set, and digits has none"):
+        load_config(DIGITS, ["dataset.split=all"])
+
+
+@pytest.mark.parametrize("name", ["sprites", "flowers"])
+def test_betas_of_others_leave_what_the_comment_says(name):
+    text = Path(f"configs/{name}.yml").read_text()
+    start, end, theirs, ours = map(float, re.search(
+        r"beta_start: (\S+), beta_end: (\S+), with alpha_bar_T (\S+) in place of (\S+)", text
+    ).groups())  # fmt: skip
+    config = load_config(f"configs/{name}.yml").diffusion
+    literal = config.model_copy(update={"beta_start": start, "beta_end": end})
+    last = config.timesteps - 1
+    left = [GaussianDiffusion(**c.model_dump()).alpha_bar(last) for c in (literal, config)]
+    assert left == [pytest.approx(theirs, rel=0.02), pytest.approx(ours, rel=0.2)]
+
+
+def test_steps_or_epochs(tmp_path):
+    """Both or none are refused; what is said on the line replaces the file's, and the last wins."""
+    lengths = lambda *said: [
+        getattr(load_config(tmp_path / "a.yml", said).training, f"max_{key}")
+        for key in ("steps", "epochs")
+    ]
+    text = Path(DIGITS).read_text()
+    for key, says in (("", "none is"), ("max_epochs: 2\n  max_steps: 5", "both are")):
+        (tmp_path / "a.yml").write_text(text.replace("max_steps: 1400", key))
+        with pytest.raises(ValueError, match=f"one of max_steps and max_epochs; {says} given"):
+            lengths()
+    (tmp_path / "a.yml").write_text(text)
+    assert lengths("training.max_epochs=0.5") == [None, 0.5]
+    assert lengths("training.max_epochs=0.5", "training.max_steps=7") == [7, None]
+    assert lengths("training.max_epochs=null") == [1400, None]
+    (tmp_path / "a.yml").write_text(text.replace("max_steps: 1400", "max_epochs: 2"))
+    assert lengths() == [None, 2]
+    assert lengths("training.max_steps=7") == [7, None]
+    printed = to_yaml(load_config(tmp_path / "a.yml"))  # as given
+    assert "max_steps: null " in printed and "max_epochs: 2.0 " in printed
+
+
+def test_epochs_become_steps():
+    some = (1, 320, 10), (1, 321, 11), (0.5, 321, 6), (3, 7, 1), (2, 321, 21)
+    for epochs, images, steps in some:
+        given = load_config(DIGITS, [f"training.max_epochs={epochs}"])
+        assert given.with_steps(images) == load_config(DIGITS, [f"training.max_steps={steps}"])
+    assert load_config(DIGITS).with_steps(5) == load_config(DIGITS)
+    best = [*("training.max_epochs=1", "training.keep_best=validation")]
+    with pytest.raises(
+        ValueError, match=r"max_epochs=1 of 320 images:\n.*validate_every in 1 \.\.\. 10"
+    ):
+        load_config(DIGITS, best).with_steps(320)  # digits.yml validates at step 200
 
 
 def test_older_files_load_and_say_what_moved(capsys):
@@ -176,7 +232,8 @@ def test_a_new_key_may_not_change_when_a_run_continues():
     }
     whole = {"hardware", "logging", "evaluation", "sampling", "guidance"}
     some = {"dataset.root", "dataset.cache"}
-    some |= {f"training.{key}" for key in ("max_steps", "max_skipped_steps", "keep_best")}
+    some |= {f"training.{key}" for key in ("max_steps", "max_epochs", "max_skipped_steps")}
+    some.add("training.keep_best")
     assert {name for name in free if name.partition(".")[0] not in whole} == some
     for section in whole:
         keys = Config.model_fields[section].annotation.model_fields

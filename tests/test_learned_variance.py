@@ -9,7 +9,7 @@ from helpers import assert_same, invoke, process, steps_of, tiny, train, wake
 from torch import Tensor
 
 from config import load_config
-from dataset import with_classes
+from dataset import with_facts
 from evaluation.likelihood import bits_per_dim
 from generation import Guidance, SeedNoise, make_denoiser, reverse
 from model import Network, build_network
@@ -205,7 +205,7 @@ def test_other_samplers_do_not_ask():
 
 
 def labelled(*overrides, seed=0):
-    config = with_classes(tiny("dataset.labels=true", LEARNED, *overrides))
+    config = with_facts(tiny("dataset.labels=true", LEARNED, *overrides))
     network = wake(build_network(config), seed).eval().requires_grad_(False)
     return Model(network, config, weights="ema", step=7, notes=[])
 

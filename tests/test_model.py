@@ -8,7 +8,7 @@ from official_keys import official_keys
 from torch import nn
 
 from config import load_config
-from dataset import with_classes
+from dataset import with_facts
 from model import UNet, at_precision, build_network, group_count, timestep_embedding
 from pl_utils import DDPM
 
@@ -237,7 +237,7 @@ def test_labels_join_the_time_before_its_last_swish(null_label):
 
 def test_labels_change_no_other_initial_weight():
     config = [f"dataset.labels={on}" for on in ("false", "true")]
-    plain, labelled = (DDPM(with_classes(tiny(on))).unet.state_dict() for on in config)
+    plain, labelled = (DDPM(with_facts(tiny(on))).unet.state_dict() for on in config)
     assert labelled.pop("temb.label.weight").shape == (11, 32)
     assert_same(dict(plain), dict(labelled))
 

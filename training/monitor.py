@@ -49,19 +49,20 @@ class Monitor(pl.Callback):
         parameters = sum(p.numel() for p in module.unet.parameters())
         share = training.batch_size // trainer.world_size
         micro = module.micro or share
-        epochs = training.max_steps * training.batch_size / len(images["train"])
+        count, size = len(images["train"]), training.batch_size
+        epochs = training.max_steps * size / count
         classes = f", {len(data.classes)} classes" if data.classes else ""
         snapshots = f"\nsnapshots: {cost}" if (cost := disk_cost(self.config, parameters)) else ""
         self.console.print(
-            f"data: {data.name}, {len(images['train']):,} images of "
+            f"data: {data.name}, {count:,} images of "
             f"{'x'.join(map(str, data.shape))}, {len(images['validation']):,} "
             f"for validation, flips {'on' if data.random_flip else 'off'}{classes}\n"
             f"model: {parameters:,} parameters, T = {self.config.diffusion.timesteps}, on "
             f"{module.device}, {module.precision}\n"
-            f"training: {training.max_steps:,} steps ({epochs:,.0f} epochs) of "
-            f"{training.batch_size} images = {trainer.world_size} device(s) x "
-            f"{share // micro} micro-batch(es) x {micro}, learning rate "
-            f"{training.learning_rate:g}, EMA {about_ema(training)}, "
+            f"training: {training.max_steps:,} steps of {size} images: "
+            f"{epochs:,.{1 if epochs >= 1 else 3}f} epochs of {count:,}\n"
+            f"batch: {trainer.world_size} device(s) x {share // micro} micro-batch(es) x {micro}, "
+            f"learning rate {training.learning_rate:g}, EMA {about_ema(training)}, "
             f"seed {training.seed}{snapshots}"
         )
         if trainer.is_global_zero:  # a folder with this file holds a run

@@ -15,8 +15,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from config import Config, divisors
-from files import atomic_write, explained
+from config import Config
+from files import atomic_write, divisors, explained
 from pl_utils import Previews
 from training.averages import Averages
 from training.checkpoints import Checkpoints, OnFailure
@@ -107,7 +107,9 @@ def build_logger(kind: str, run: Path, step: int) -> Logger:
         logger = CSVLogger(run, name="csv", version=f"from-step-{step}")
     elif kind == "wandb":
         if not find_spec("wandb"):
-            raise ValueError("logging.logger: wandb needs `pip install wandb`")
+            raise ValueError(
+                "logging.logger: wandb needs `pip install wandb`, or all of requirements-extras.txt"
+            )
         file = run / ".id"  # stays with the folder, so that the page does too
         if not file.exists():
             with atomic_write(file) as temporary:

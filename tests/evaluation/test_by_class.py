@@ -17,7 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import evaluate
-from dataset import Images, with_classes
+from dataset import Images, with_facts
 from evaluation.callback import Evaluation, draw_together
 from evaluation.classes import (
     Labelled,
@@ -50,7 +50,7 @@ class Digits(Net):
 
 def save_model(path, *overrides):
     """Write a network that was not trained, but answers labels."""
-    ddpm = DDPM(with_classes(tiny(*overrides)))
+    ddpm = DDPM(with_facts(tiny(*overrides)))
     wake(ddpm.ema)
     config = ddpm.config.model_dump(mode="json")
     tree = {"hyper_parameters": config, "state_dict": ddpm.state_dict(), "global_step": 7}

@@ -7,7 +7,7 @@ from helpers import assert_same, invoke, process, steps_of, tiny, wake
 from PIL import Image
 from torch import Tensor
 
-from dataset import with_classes
+from dataset import with_facts
 from generation import Guidance, Sampling, generate, make_denoiser
 from generation.recipe import folder_names, label_vector, parse_labels
 from model import Network, at_precision, build_network
@@ -17,7 +17,7 @@ ONE, TWO = torch.eye(10)[[3, 7]]
 
 
 def labelled(*overrides, seed=0) -> Model:
-    config = with_classes(tiny("dataset.labels=true", *overrides))
+    config = with_facts(tiny("dataset.labels=true", *overrides))
     network = wake(build_network(config), seed).eval().requires_grad_(False)
     return Model(network, config, weights="ema", step=7, notes=[])
 

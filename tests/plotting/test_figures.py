@@ -7,7 +7,7 @@ import torch
 from helpers import invoke, steps_of, tiny, wake
 from PIL import Image
 
-from dataset import with_classes
+from dataset import with_facts
 from diffusion_utils import from_uint8, to_uint8
 from evaluation.copies import features_of, nearest
 from evaluation.likelihood import Bound, bits_per_dim
@@ -30,7 +30,7 @@ def place(tmp_path_factory):
         ("wide", ["dataset.image_size=[8, 16]", "dataset.labels=true", "guidance.scale=3"]),
         ("told", ["dataset.labels=true", "training.label_dropout=0"]),  # of every label
     ):
-        ddpm = DDPM(with_classes(tiny("diffusion.timesteps=20", *overrides)))
+        ddpm = DDPM(with_facts(tiny("diffusion.timesteps=20", *overrides)))
         wake(ddpm.ema)
         checkpoint = {
             "hyper_parameters": ddpm.config.model_dump(mode="json"),

@@ -12,7 +12,7 @@ from helpers import load, tiny
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset import Images, StepSampler, with_classes
+from dataset import Images, StepSampler, with_facts
 from sources import find_images
 from sources.labels import labels_of_folders
 
@@ -303,9 +303,9 @@ def test_a_validation_set_may_lack_classes():
 def test_the_config_learns_the_classes(tmp_path):
     write_files(tmp_path / "root", ["fig/0.png", "pear/1.png"])
     place = ["dataset.name=folder", f"dataset.root={tmp_path / 'root'}", "dataset.labels=true"]
-    config = with_classes(tiny(*place))
+    config = with_facts(tiny(*place))
     assert config.dataset.classes == ["fig", "pear"]
-    assert with_classes(config) == config
-    assert with_classes(tiny()).dataset.classes == []
+    assert with_facts(config) == config
+    assert with_facts(tiny()).dataset.classes == []
     digits = find_images("digits", tmp_path)["train"].labels()
-    assert with_classes(tiny("dataset.labels=true")).dataset.classes == digits.names
+    assert with_facts(tiny("dataset.labels=true")).dataset.classes == digits.names

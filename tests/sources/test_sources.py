@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import Evil, load, noise_image, pixels_of, random_pixels, write_idx
+from helpers import PROJECT, Evil, invoke, load, noise_image, pixels_of, random_pixels, write_idx
 from PIL import Image
 
 from sources import find_images, open_files
@@ -35,6 +35,26 @@ def test_idx_files_wherever_they_are(name, place, options, tmp_path):
     for part in parts.values():
         assert np.array_equal(part.labels_of(range(20)), np.tile(np.eye(10), (2, 1)))
     assert parts["train"].classes[9] == {"mnist": "9", "fashion-mnist": "ankle boot"}[name]
+
+
+def test_a_test_set_that_trains_too(tmp_path, monkeypatch):
+    written = write_idx(tmp_path / "root", count=20)
+    keys = dict(image_size=28, channels=1, labels=True, split="all")
+    parts = load(tmp_path, "fashion-mnist", **keys)
+    both = np.concatenate([written["train"], written["t10k"]])
+    assert np.array_equal(pixels_of(parts)[:, 0], both)
+    assert np.array_equal(parts["train"].labels_of(range(40)), np.tile(np.eye(10), (4, 1)))
+    kept = load(tmp_path, "fashion-mnist", **keys, validation_fraction=0.25)
+    rows = kept["validation"].rows  # labels follow
+    assert np.array_equal(pixels_of(kept, "validation")[:, 0], both[rows])
+    assert np.array_equal(kept["validation"].labels_of(range(10)), np.eye(10)[rows % 10])
+    # the report counts them as training does
+    (tmp_path / "configs").symlink_to(PROJECT / "configs")
+    line = "dataset.py configs/fashion_mnist.yml dataset.root=root dataset.split=all"
+    output = invoke(f"{line} dataset.validation_fraction=0.25", tmp_path, monkeypatch)
+    assert "30 images to train on, 10 for validation (the same random ones" in output
+    output = invoke("dataset.py configs/fashion_mnist.yml dataset.root=root", tmp_path, monkeypatch)
+    assert "20 images to train on, 20 for validation (its test set)" in output
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -108,6 +128,20 @@ def test_flowers_trains_on_train_and_val(place, tmp_path):
     says = r"has no images of 'pink primrose' and 98 other classes to train on"
     with pytest.raises(ValueError, match=says):
         load(tmp_path, "flowers102", labels=True)
+
+
+def test_flowers_trains_on_all_of_them(tmp_path):
+    write_flowers(tmp_path / "root")
+    parts = load(tmp_path, "flowers102", split="all")
+    everything = pixels_of(load(tmp_path, root=str(tmp_path / "root/jpg")))
+    assert np.array_equal(pixels_of(parts), everything[[0, 2, 4, 1, 3, 5]])  # train and val, test
+    assert not len(parts["validation"])
+    labels = find_images("flowers102", tmp_path / "root", "all")["train"].labels()
+    assert labels.of.tolist() == [39, 2, 101, 6, 98, 0]
+    kept = load(tmp_path, "flowers102", split="all", validation_fraction=0.34)
+    assert (len(kept["train"]), len(kept["validation"])) == (4, 2)
+    whole = np.concatenate([pixels_of(kept), pixels_of(kept, "validation")])
+    assert sorted(map(bytes, whole)) == sorted(map(bytes, everything))
 
 
 def test_flowers_that_lack_something(tmp_path):

@@ -10,7 +10,7 @@ from helpers import assert_same, steps_of, tiny, train
 import cli
 import pl_utils
 from config import load_config
-from dataset import Batch, with_classes
+from dataset import Batch, with_facts
 from diffusion_utils import from_uint8
 from generation import SeedNoise, generate, make_denoiser
 from model import at_precision
@@ -171,7 +171,7 @@ def test_the_network_is_told_all_labels_but_the_dropped_share(tmp_path):
             wanted.append(batch.labels * labelled[:, None])
             dropped += int((~labelled).sum())
 
-    ddpm = DDPM(with_classes(tiny(*overrides)))
+    ddpm = DDPM(with_facts(tiny(*overrides)))
     embed = ddpm.unet.embed
     ddpm.unet.embed = lambda t, labels: (told.append(labels), embed(t, labels))[1]
     train(tmp_path, *overrides, "hardware.micro_batch_size=16", callbacks=[See()], ddpm=ddpm)
