@@ -90,7 +90,7 @@ class Page(gr.Blocks):
             if isinstance(error, UNREADABLE):
                 text = "this request cannot be read"
             text = re.sub(r"--(?=\w)", "", text)  # there are no options here
-            raise gr.Error(html.escape(text[:500]), print_exception=False) from None
+            raise gr.Error(html.escape(text[:500]), duration=None, print_exception=False) from None
 
     def draw(
         self, kind: str, count: float, seed: float, labels: list[str] | None, sampler: str,
@@ -117,6 +117,7 @@ class Page(gr.Blocks):
                 else:
                     mask = write_mask(image, editor or {}, region, folder / "mask.png")
                     edit = {"inpaint": image, "mask": mask, "resample": int(resample)}
+                    edit["jump"] = max(1, min(10, int(steps) // 2))
             plan = make_plan(
                 self.model,
                 sampling,
@@ -136,6 +137,20 @@ class Page(gr.Blocks):
             told = html.escape(command_line(self.source, sampling, seeds, edit))
             grid = image_grid(torch.cat(frame.finished), columns)
             yield as_html(grid, f"The same images: <code>{told}</code>"), frame.files
+
+    def switch(self, kind: str) -> list[Any]:
+        """Return what becomes of the editor, strength, filling, sampler and steps."""
+        diffusion, fill = self.model.diffusion, kind == FILL
+        quick = quick_settings(diffusion)
+        if fill:  # RePaint goes back and forth by samplers of one step, and needs some
+            quick = {"sampler": "ddim", "timesteps": min(50, diffusion.timesteps)}
+        return [
+            gr.update(visible=kind != NEW),
+            gr.update(visible=kind == LIKE),
+            gr.update(visible=fill),
+            gr.update(choices=["ddim", "ddpm"] if fill else [*SAMPLERS], value=quick["sampler"]),
+            gr.update(value=quick["timesteps"]),
+        ]
 
     def check_up(self) -> str:
         """Return the file of the health figure, which is drawn once."""
@@ -208,19 +223,8 @@ class Page(gr.Blocks):
         )
         stop.click(None, cancels=[drawing], **private)
         look.click(self.check_up, None, figure, **private)
-        kind.change(switch, kind, [editor, strength, filling, sampler], **at_once)
+        kind.change(self.switch, kind, [editor, strength, filling, sampler, steps], **at_once)
         sampler.change(lambda name: gr.update(visible=name == "ddim"), sampler, eta, **at_once)
-
-
-def switch(kind: str) -> list[Any]:
-    """Return what becomes of the editor, strength, filling and sampler."""
-    names = ["ddim", "ddpm"] if kind == FILL else list(SAMPLERS)
-    return [
-        gr.update(visible=kind != NEW),
-        gr.update(visible=kind == LIKE),
-        gr.update(visible=kind == FILL),
-        gr.update(choices=names, value=names[0] if kind == FILL else "unipc"),
-    ]
 
 
 def as_html(pixels: Tensor, text: str) -> str:

@@ -114,6 +114,8 @@ def test_every_python_line(page, place, monkeypatch, request):
     for module in ("protocol", "callback"):
         monkeypatch.setattr(f"evaluation.{module}.load_extractor", inception)  # not downloaded
     monkeypatch.setattr("training.dry_run.LONG", 0.1)  # seconds
+    if find_spec("gradio"):
+        monkeypatch.setattr("page.serve", lambda *_: None)  # it would serve for ever
     assert len(commands(page.read_text())) == len(re.findall(r"^python ", page.read_text(), re.M))
     for section in sections(page):
         if changes := blocks(section, "diff"):

@@ -314,6 +314,7 @@ def test_in_a_browser_a_part_is_filled_and_health_measured(server, browser, tmp_
         with suppress(playwright.TimeoutError):
             filled.wait_for(timeout=15_000)
             break
+    window.screenshot(path=tmp_path / "filled.png", full_page=True)
     assert filled.is_visible()
     window.get_by_text("Health of the model").click()
     window.get_by_role("button", name="Measure").click()
