@@ -65,16 +65,17 @@ def draw(
         device = usable_device(device)
         try:
             import gradio  # noqa: F401
-        except ImportError:
+        except ImportError as error:
             hint = "pip install -r requirements-extras.txt"
-            raise ValueError(f"the page is made with gradio: {hint}") from None
+            raise ValueError(
+                f"the page is made with gradio, which needs {error.name}: {hint}"
+            ) from None
         from page import Page, serve
         from weights import load_model
 
         model = load_model(source, weights).to(device)
         page = Page(model, source=str(source), precision=precision, explain=describe)
-        console.print(f"the page: http://127.0.0.1:{port} (Ctrl-C ends it)")
-        serve(page, port)
+        serve(page, port, console.print)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except Exception as error:

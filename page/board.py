@@ -1,6 +1,7 @@
 """The page itself: its controls, what they do, and what is shown while a chain denoises."""
 
 import base64
+import errno
 import html
 import io
 import os
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from generation import quick_settings, resolve_precision
 from generation.images import as_image, image_grid
+from generation.recipe import knows_no_label
 from generation.samplers import SAMPLERS
 from page.draw import BYTES, IMAGES, PIXELS, command_line, draw, draw_health, make_plan
 from weights import Model
@@ -86,11 +88,17 @@ class Page(gr.Blocks):
         try:
             return await super().process_api(*args, **kwargs)
         except Exception as error:
-            text = str(error.message) if isinstance(error, gr.Error) else self.explain(error)
-            if isinstance(error, UNREADABLE):
+            cause = error.__cause__ or error  # a control that could not read its value has one
+            if isinstance(cause, Image.DecompressionBombError):
+                text = f"this image has more than {PIXELS:,} pixels"
+            elif isinstance(cause, OSError | SyntaxError) and cause.args[:1] != (errno.ENOSPC,):
+                text = "this is not an image, or it is damaged; try PNG or JPEG"
+            elif isinstance(cause, UNREADABLE):
                 text = "this request cannot be read"
+            else:
+                text = str(cause.message) if isinstance(cause, gr.Error) else self.explain(cause)
             text = re.sub(r"--(?=\w)", "", text)  # there are no options here
-            raise gr.Error(html.escape(text[:500]), duration=None, print_exception=False) from None
+            raise gr.Error(html.escape(text[:300]), duration=None, print_exception=False) from None
 
     def draw(
         self, kind: str, count: float, seed: float, labels: list[str] | None, sampler: str,
@@ -99,7 +107,7 @@ class Page(gr.Blocks):
     ) -> Iterator[tuple[Any, Any]]:  # fmt: skip
         """Yield (HTML of the chain, gallery) after each network call."""
         sampling: dict[str, Any] = {"sampler": sampler, "timesteps": int(steps)}
-        if sampler == "ddim" and eta:
+        if sampler == "ddim":
             sampling["eta"] = float(eta)
         if sampler == "ddpm" and kind == FILL:
             sampling["variance"] = "small"
@@ -162,6 +170,7 @@ class Page(gr.Blocks):
     def _lay_out(self) -> None:
         config, diffusion = self.model.config, self.model.diffusion
         classes, quick = config.dataset.classes, quick_settings(diffusion)
+        free = knows_no_label(self.model)  # then it can draw without one, and be guided
         pixels = ["pixels"] if max(config.dataset.size) < 64 else []
         weights = {"ema": "the EMA", "raw": "raw weights"}[self.model.weights]
         gr.Markdown(
@@ -174,17 +183,21 @@ class Page(gr.Blocks):
                 seed = gr.Number(0, label="Seed", minimum=0, maximum=2**31, precision=0)
                 labels = gr.Dropdown(
                     classes, value=classes[:4], multiselect=True, label="Classes, a row for each",
-                    info="none: whatever the model likes", visible=bool(classes),
+                    info="none: whatever the model likes" if free else None, visible=bool(classes),
                 )  # fmt: skip
                 scale = gr.Slider(
-                    0, 10, config.guidance.scale, step=0.1, label="Guidance", visible=bool(classes),
+                    0, 10, config.guidance.scale, step=0.1, label="Guidance",
+                    visible=bool(classes) and free,
                     info="1 follows the class, more exaggerates it",
                 )  # fmt: skip
                 sampler = gr.Dropdown(list(SAMPLERS), value=quick["sampler"], label="Sampler")
                 steps = gr.Slider(1, diffusion.timesteps, quick["timesteps"], step=1, label="Steps")
-                eta = gr.Slider(0, 1, 0, step=0.05, label="eta, the noise of ddim", visible=False)
+                eta = gr.Slider(
+                    0, 1, config.sampling.eta, step=0.05, label="eta, the noise of ddim",
+                    visible=False,
+                )  # fmt: skip
                 strength = gr.Slider(
-                    0.05, 1, 0.6, step=0.05, label="Strength", visible=False,
+                    0.1, 1, 0.6, step=0.05, label="Strength", visible=False,
                     info="1 forgets the image",
                 )  # fmt: skip
                 with gr.Column(visible=False) as filling:
@@ -217,7 +230,7 @@ class Page(gr.Blocks):
             resample,
         ]  # fmt: skip
         private: dict[str, Any] = {"api_visibility": "private"}
-        at_once: dict[str, Any] = private | {"queue": False, "show_progress": "hidden"}
+        at_once: dict[str, Any] = private | {"concurrency_limit": None, "show_progress": "hidden"}
         drawing = button.click(
             self.draw, inputs, [chain, gallery], show_progress_on=[chain], **private
         )

@@ -1,7 +1,10 @@
 """The server: this machine alone, no tracebacks, no more than it can hold."""
 
 import asyncio
+import errno
+import signal
 import socket
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -20,6 +23,7 @@ POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; form-action 'self'"
 )
+AROUND = tuple(f"/gradio_api/{name}/" for name in ("run", "api", "call"))  # the queue
 
 
 class Refused(Exception):
@@ -64,11 +68,9 @@ class Guard:
         try:
             check(scope)
             await self.app(scope, bounded, sealed)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # a group of errors is not always an Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
+        except asyncio.CancelledError:  # the server ends, and this stream with it
+            return
+        except Exception as error:
             if not began:
                 status, reason = refusal(error)
                 head = {"type": "http.response.start", "status": status}
@@ -85,6 +87,8 @@ def check(scope: dict) -> None:
             raise Refused(403, "this page answers at 127.0.0.1 and localhost alone")
     except ValueError:
         raise Refused(400, "no such host") from None
+    if scope["path"].startswith(AROUND):
+        raise Refused(403, "join the queue")
     origin = headers.get("origin")
     if origin is not None and origin != f"http://{host}":
         raise Refused(403, "another site's page cannot ask here")
@@ -100,24 +104,29 @@ def refusal(error: BaseException) -> tuple[int, str]:
     return error.args if isinstance(error, Refused) else (400, "this cannot be read")
 
 
-def serve(page: "Page", port: int) -> None:
-    """Serve a page at 127.0.0.1 until Ctrl-C.
+def serve(page: "Page", port: int, say: Callable[[str], object]) -> None:
+    """Serve a page at 127.0.0.1 until Ctrl-C, or another signal that ends; say where it is.
 
     Raises:
-        OSError: the port is taken.
+        ValueError: the port cannot be had.
     """
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((NAMES[0], port))
+            listener.listen()
         except OSError as error:
-            raise OSError(
-                f"--port {port} is taken; another page may be there, try {port + 1}"
-            ) from error
+            taken = "it is taken; another page may be there"
+            reason = taken if error.errno == errno.EADDRINUSE else error.strerror
+            raise ValueError(f"--port {port}: {reason}; try another") from None
+        say(f"the page: http://{NAMES[0]}:{port} (Ctrl-C ends it)")
+        unseen: dict[str, Any] = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
         app = page.mounted_by(
-            FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
-            server_name=NAMES[0],
-            server_port=port,
+            FastAPI(**unseen), server_name=NAMES[0], server_port=port, app_kwargs=unseen
         )
-        config = uvicorn.Config(Guard(app), log_level="error", timeout_graceful_shutdown=1)
+        # uvicorn ends at SIGTERM, and raises it again then: files go before the process does
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+        config = uvicorn.Config(Guard(app), log_level="critical", timeout_graceful_shutdown=1)
         uvicorn.Server(config).run(sockets=[listener])

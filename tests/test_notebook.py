@@ -1,7 +1,4 @@
-"""notebooks/start.ipynb: its commands exist, its outputs are whole and small, and it runs.
-
-The last two need what the other tests do not: pip install nbclient ipykernel.
-"""
+"""notebooks/start.ipynb: its commands exist, its outputs are whole and small, and it runs."""
 
 import importlib
 import json

@@ -1,5 +1,6 @@
 """A model's card: the README.md of its folder, as people and the Hub read it."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,12 @@ def model_card(
         address: what loads the folder.
         images: what is said of images.png, where there is one.
         numbers: what `about_numbers` returns, of each evaluation.
+
+    Raises:
+        ValueError: the license cannot be an identifier.
     """
+    if not re.fullmatch(r"[\w.+-]+", license):
+        raise ValueError(f"--license {license!r}: letters, digits, . + and -; try mit or cc-by-4.0")
     config = model.config
     height, width = config.dataset.size
     size = f"{height}x{width}"

@@ -120,7 +120,7 @@ def test_the_shipped_model_is_healthy(place, run):
     assert health["advice"] == {}
     assert "nothing is wrong" in output
     assert health["copies"]["pixels"] == [[0, 64], [0, 180]]
-    assert facts["recipe"]["sampler"] == "dpm++"
+    assert facts["recipe"]["sampler"] == "unipc"
     assert facts["recipe"]["health"]["samples"] == 64
     with np.load(Path(re.search("^output: (.*)$", output, re.M)[1]) / "health.npz") as lines:
         assert lines["EMA, training"].mean() == pytest.approx(losses["EMA, training"])

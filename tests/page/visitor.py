@@ -33,6 +33,12 @@ class Visitor:
         body = {"data": data, "fn_index": self.drawing, "session_hash": self.name}
         return self.ask("POST", "/gradio_api/queue/join", body | changed)
 
+    def open(self, path: str) -> HTTPConnection:
+        """Return a connection whose answer does not end."""
+        connection = HTTPConnection("127.0.0.1", self.port)
+        connection.request("GET", path)
+        return connection
+
     def listen(self) -> "Listener":
         return Listener(self.port, self.name)
 

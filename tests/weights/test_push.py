@@ -179,7 +179,7 @@ def test_what_may_not_be_is_one_message_and_nothing_is_pushed(tiny, hub, tmp_pat
     assert "is there and public: say --public" in refused(f"you/open {draws}")
     hub.repos["you/closed"] = {"private": True, "commits": [{}]}
     assert "is there and private: leave --public out" in refused(f"you/closed --public {draws}")
-    assert "Invalid metadata" in refused(f"you/x {draws} --license '[x'")
+    assert "letters, digits" in refused(f"you/x {draws} --license '[x'")
     hub.loses = 1
     assert "the SHA-256 is another" in refused(f"you/x {draws}", 1)
     assert [len(hub.repos[f"you/{name}"]["commits"]) for name in ("open", "closed", "x")] == [1] * 3
