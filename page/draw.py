@@ -93,7 +93,7 @@ def draw(plan: Sampling, seeds: Sequence[int], folder: Path) -> Iterator[Frame]:
                 path = image_file(folder / str(number), seed)
                 path.parent.mkdir(exist_ok=True)
                 write_png(path, pixels, recipe | {"seed": seed})
-                files.append((path, f"seed {seed}, {label}" if label else f"seed {seed}"))
+                files.append((path, f"{seed}: {label}" if label else f"seed {seed}"))
 
 
 def draw_health(model: Model, source: str, path: Path) -> None:

@@ -25,6 +25,7 @@ SHORT = {  # what cuts the long runs
     "train": "model.base_channels=8 training.max_steps=2 training.batch_size=2 "
     "hardware.num_workers=0 evaluation.validate_every=0",
     "evaluate": "--num-images 20 --timesteps 5 --nll-images 2 --stride 100",
+    "sample": "--timesteps 20",
 }
 done: set[str] = set()  # pages may share a line
 
