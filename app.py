@@ -67,9 +67,7 @@ def draw(
             import gradio  # noqa: F401
         except ImportError as error:
             hint = "pip install -r requirements-extras.txt"
-            raise ValueError(
-                f"the page is made with gradio, which needs {error.name}: {hint}"
-            ) from None
+            raise ValueError(f"the page needs {error.name}: {hint}") from None
         from page import Page, serve
         from weights import load_model
 
