@@ -287,7 +287,7 @@ def test_the_commands_take_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("format", "variance"),
     [(f, v) for f in ("diffusers", "safetensors") for v in ("learned", "small")]
-    + [("onnx", "learned")],
+    + [pytest.param("onnx", "learned", marks=pytest.mark.slow)],
 )
 def test_it_goes_out_and_comes_back(format, variance, tmp_path):
     if format != "safetensors":

@@ -56,6 +56,7 @@ def curves(path):
     return found, ids, config
 
 
+@pytest.mark.slow
 def test_a_run_and_its_continuation_are_one_page(place, monkeypatch):
     wandb = pytest.importorskip("wandb")
     ids = []

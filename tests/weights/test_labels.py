@@ -128,6 +128,7 @@ def test_a_labelled_wide_model_goes_out_and_comes_back(format, wide, tmp_path):
         assert after.config == before.config and after.digest() == before.digest()
 
 
+@pytest.mark.slow
 def test_onnx_takes_labels(wide, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
