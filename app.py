@@ -5,7 +5,6 @@ if __name__ == "__main__":
     import cli  # noqa: F401  (first: it speaks of packages that are missing)
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,10 +13,11 @@ from cli import (
     CheckpointName,
     Device,
     Precision,
+    RunName,
+    TrainedModel,
     Weights,
     describe,
     fail,
-    model_names,
     plain_console,
     usable_device,
     which_model,
@@ -41,16 +41,8 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 @app.command(help=HELP)
 def draw(
-    checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="CKPT", help="A trained model.")
-    ] = None,
-    run_name: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of CKPT: a run of lightning_logs, or a model that ships (pretrained).",
-            autocompletion=model_names,
-        ),
-    ] = None,
+    checkpoint: TrainedModel = None,
+    run_name: RunName = None,
     which: CheckpointName = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where on 127.0.0.1.")] = 7860,
     device: Device = "auto",

@@ -325,6 +325,14 @@ Overrides = Annotated[
         autocompletion=keys_like,
     ),
 ]
+TrainedModel = Annotated[Path | None, typer.Argument(metavar="CKPT", help="A trained model.")]
+RunName = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of CKPT: a run of lightning_logs, or a model that ships (pretrained).",
+        autocompletion=model_names,
+    ),
+]
 Weights = Annotated[
     Literal["ema", "raw"], typer.Option(help="The EMA, or the last training weights.")
 ]

@@ -13,10 +13,11 @@ from cli import (
     CheckpointName,
     Device,
     Precision,
+    RunName,
     Seed,
+    TrainedModel,
     Weights,
     fail,
-    model_names,
     parse_seeds,
     parse_size,
     plain_console,
@@ -51,16 +52,8 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 @sampling_options
 def sample(
     sampling: dict[str, Any],
-    checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="CKPT", help="A trained model.")
-    ] = None,
-    run_name: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of CKPT: a run of lightning_logs, or a model that ships (pretrained).",
-            autocompletion=model_names,
-        ),
-    ] = None,
+    checkpoint: TrainedModel = None,
+    run_name: RunName = None,
     which: CheckpointName = None,
     num_images: Annotated[
         int | None,

@@ -91,7 +91,10 @@ class Page(gr.Blocks):
             cause = error.__cause__ or error  # a control that could not read its value has one
             if isinstance(cause, Image.DecompressionBombError):
                 text = f"this image has more than {PIXELS:,} pixels"
-            elif isinstance(cause, OSError | SyntaxError) and cause.args[:1] != (errno.ENOSPC,):
+            elif isinstance(cause, OSError | SyntaxError) and (
+                cause is not error  # of a control, so of what was brought
+                or (cause.filename and cause.args[0] != errno.ENOSPC)  # of the system
+            ):
                 text = "this is not an image, or it is damaged; try PNG or JPEG"
             elif isinstance(cause, UNREADABLE):
                 text = "this request cannot be read"

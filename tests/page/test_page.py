@@ -1,5 +1,7 @@
 """The page: the images of sample.py, and nothing that a hostile or impatient visitor can break."""
 
+import asyncio
+import errno
 import io
 import json
 import shutil
@@ -64,6 +66,13 @@ def files_of(message: dict) -> list[Path]:
 
 def downloads(visitor: Visitor, message: dict) -> list[bytes]:
     return [visitor.ask("GET", f"/gradio_api/file={path}")[1] for path in files_of(message)]
+
+
+def in_a_control(cause: Exception) -> Exception:
+    """Return an error as Gradio wraps what a control ends in."""
+    error = ValueError("Could not preprocess /home/me")
+    error.__cause__ = cause
+    return error
 
 
 @pytest.mark.parametrize(
@@ -157,6 +166,38 @@ def upload(visitor: Visitor, name: str, content: bytes) -> tuple[int, bytes]:
 def with_image(path: str, kind: str = "Variations of an image") -> list:
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     return [kind, *NEW[1:8], {"background": file, "layers": [], "composite": None}, *NEW[9:]]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (FileNotFoundError("dataset.root: nothing at data/x"), "dataset.root: nothing at data/x"),
+        (ValueError("--strength 2 is outside"), "strength 2 is outside"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "No space left on device"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/home/me"), "this is not an image"),
+        (TypeError("an int"), "this request cannot be read"),
+        (in_a_control(OSError("image file is truncated")), "this is not an image"),
+        (in_a_control(Image.DecompressionBombError("x")), "more than 16,777,216 pixels"),
+    ],
+)
+def test_an_error_is_told_in_a_line(error, told, monkeypatch):
+    import gradio
+
+    from cli import describe
+    from page import Page
+    from weights import load_model
+
+    async def fails(*_, **__):
+        raise error
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the page sets both for its process
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    page = Page(load_model(DIGITS), source="x", precision="auto", explain=describe)
+    monkeypatch.setattr(gradio.Blocks, "process_api", fails)
+    with pytest.raises(gradio.Error) as found:
+        asyncio.run(page.process_api())
+    assert told in found.value.message and "/home/me" not in found.value.message
+    assert not found.value.print_exception
 
 
 def test_hostile_requests_are_refused_in_a_line(server):
